@@ -1,0 +1,85 @@
+"""The `lsp` command. Nothing here imports torch; a subcommand imports what it runs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from language_self_play import __version__
+from language_self_play.errors import ConfigError, LspError
+
+# name -> (module, one line of help), in the order in which a newcomer meets them.
+COMMANDS = {
+    "train": ("language_self_play.cli.train", "play the game and learn from it"),
+    "eval": ("language_self_play.cli.evaluate", "measure a model: accuracy"),
+    "play": ("language_self_play.cli.play", "watch a model play both roles, or play against it"),
+    "recipes": ("language_self_play.cli.recipes", "list, show and copy the shipped recipes"),
+    "config": ("language_self_play.cli.config", "every setting with type, default and meaning"),
+}
+
+INTERNAL_ERROR, INTERRUPTED = 1, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one sentence, raised as ConfigError."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (`{self.prog} --help` shows how it is used)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    0 done, 1 internal error, 2 bad input, 3 stopped by a guard or by non-finite numbers,
+    75 paused and resumable, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except LspError as error:
+        for line in str(error).splitlines():
+            print(f"lsp: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nlsp: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has left (`lsp config | head`); there is no one to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("LSP_TRACEBACK"):
+            traceback.print_exc()
+        print(
+            f"lsp: internal error: {type(error).__name__}: {error}."
+            " This is a bug; LSP_TRACEBACK=1 shows where, please report it",
+            file=sys.stderr,
+        )
+        return INTERNAL_ERROR
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in COMMANDS:
+        return import_module(COMMANDS[arguments[0]][0]).run(arguments[1:])
+    listing = "\n".join(f"  {name:<10}{line}" for name, (_, line) in COMMANDS.items())
+    parser = Parser(
+        prog="lsp",
+        description="Language Self-Play: improve a language model without training data.",
+        epilog=f"commands:\n{listing}\n\nstart with:\n  lsp train arena",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", metavar="COMMAND", help="`lsp COMMAND --help` tells more")
+    if not arguments:
+        parser.print_help()
+        return 0
+    command = parser.parse_args(arguments[:1]).command
+    parser.error(f"{command!r}: no such command; one of {', '.join(COMMANDS)}")

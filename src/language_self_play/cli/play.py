@@ -1,0 +1,156 @@
+"""`lsp play`: watch a model play Challenger and Solver, or answer its queries yourself."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from language_self_play.cli import Parser
+from language_self_play.errors import ConfigError
+
+if TYPE_CHECKING:
+    from language_self_play.config import Config
+    from language_self_play.train import Game
+
+DESCRIPTION = """\
+Watch a model pose queries as Challenger and answer them as Solver, each with its scores; or, with
+--answer, answer the Challenger yourself and see who does better.
+
+MODEL is a run folder, a model folder, a hub id, or `arena`. Prompts and rewards are those of the
+run that the model comes from, of --recipe, or the defaults; flags such as --solver.temperature
+change them."""
+
+EPILOG = """\
+examples:
+  lsp play arena
+  lsp play runs/arena/model --games 20
+  lsp play runs/arena --answer"""
+
+PAUSE_S = 0.7
+
+
+def run(arguments: list[str]) -> int:
+    parser = Parser(prog="lsp play", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--games", type=int, default=10, metavar="N", help="how many (default 10)")
+    parser.add_argument("--answer", action="store_true", help="answer the Challenger yourself")
+    parser.add_argument("--recipe", metavar="RECIPE", help="take prompts and rewards from here")
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        parser.parse_args(["--help"])
+
+    from language_self_play.cli.overrides import split_overrides
+
+    own, overrides = split_overrides(arguments, {"--games", "--answer", "--recipe"})
+    options = parser.parse_args(own)
+    if options.games < 1:
+        raise ConfigError(f"--games {options.games}: must be at least 1")
+    config = config_for(options.model, options.recipe, overrides)
+
+    from language_self_play.train import prepare
+
+    game = prepare(config)
+    play = answer_yourself if options.answer else watch
+    play(game, options.games)
+    return 0
+
+
+def config_for(model: str, recipe: str | None, overrides: dict[str, Any]) -> Config:
+    """The settings to play MODEL with, always as a game of LSP with two answers to a query."""
+    from language_self_play.config import Config, load_recipe, merge
+    from language_self_play.policy import BUILT_IN_MODEL
+    from language_self_play.run_folder import RunFolder
+
+    path = Path(model)
+    run = next((f for f in (path, path.parent) if RunFolder(f).config_file.is_file()), None)
+    table: dict[str, Any] = {"reward": {}}
+    if recipe is not None:
+        table = load_recipe(recipe)
+    elif run is not None:
+        table = RunFolder(run).config()
+        model = str(RunFolder(run).model_folder) if run == path else model
+    elif model == BUILT_IN_MODEL:
+        table = load_recipe(BUILT_IN_MODEL)
+    table = merge(table, {"policy": {"path": model}, "algorithm": "lsp"})
+    if not table["reward"]:
+        # Without a reward only the quality self-reward is shown.
+        table["reward"] = {"none": {"kind": "python", "function": f"{__name__}:no_reward"}}
+    return Config.from_table(merge(table, overrides))
+
+
+def no_reward(queries: list[str], answers: list[str]) -> list[float]:
+    """0 for everything: there is no verifier for a model without a run or a recipe."""
+    return [0.0] * len(queries)
+
+
+def watch(game: Game, num_games: int) -> None:
+    """Print games as they are played."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from language_self_play.players import answer_queries
+    from language_self_play.progress import game_pieces, printable
+
+    console = Console()
+    shown = step = 0
+    while shown < num_games:
+        game.sync(step)
+        posed = game.pose(step)
+        assert posed is not None
+        solved = answer_queries(game.sampler, posed.queries, game.config.solver)
+        R, R_Q = (
+            game.reward(posed.queries, solved.answers),
+            game.self_reward(posed.queries, solved.answers),
+        )
+        rows = iter(zip(solved.answers, R.tolist(), R_Q.tolist(), strict=True))
+        for query in posed.all_queries[: num_games - shown]:
+            text = Text(f"{shown + 1:>4}  ")
+            if query.valid:
+                texts, rewards, qualities = next(rows)
+                answers = [
+                    {"text": t, "reward": r, "quality": q}
+                    for t, r, q in zip(texts, rewards, qualities, strict=True)
+                ]
+                for piece, style in game_pieces({"query": query.text, "answers": answers}):
+                    text.append(piece, style)
+            else:
+                text.append(f"{printable(query.text)}  invalid: {query.reason}", "yellow")
+            console.print(text)
+            shown += 1
+            if sys.stdout.isatty():
+                time.sleep(PAUSE_S)
+        step += 1
+
+
+def answer_yourself(game: Game, num_games: int) -> None:
+    """The Challenger asks the person; the Solver answers too, once, and both are scored."""
+    from language_self_play.players import answer_queries
+    from language_self_play.progress import printable
+
+    units_first = game.in_arena
+    if units_first:
+        print("The arena writes numbers units first; type yours as usual. An empty line skips.")
+    person = solver = played = step = 0
+    try:
+        while played < num_games:
+            game.sync(step)
+            posed = game.pose(step)
+            assert posed is not None
+            for query in posed.queries[: num_games - played]:
+                print(f"\n{played + 1}/{num_games}  {printable(query)}")
+                typed = input("  your answer: ").strip()
+                if not typed:
+                    continue
+                mine = typed[::-1] if units_first and typed.isdecimal() else typed
+                solved = answer_queries(game.sampler, [query], game.config.solver)
+                theirs = solved.answers[0][0]
+                R = game.reward([query], [[mine, theirs]])[0].tolist()
+                print(f"  the Solver says {printable(theirs)}")
+                print(f"  rewards: you {R[0]:.3g}, the Solver {R[1]:.3g}")
+                person, solver, played = person + R[0], solver + R[1], played + 1
+            step += 1
+    except (EOFError, KeyboardInterrupt):
+        print()
+    if played:
+        print(f"\nAfter {played} games: you {person:.3g}, the Solver {solver:.3g}.")

@@ -1,0 +1,491 @@
+"""Every setting, as one frozen tree: `Config.from_recipe`, `Config.from_table`, `config.to_toml()`.
+
+A configuration is read from TOML, merged with command-line overrides as a plain table, and
+validated once, as a whole. Each mistake is reported as one sentence that names the field, and an
+unknown name with the nearest known one. Defaults are the paper's (arXiv 2509.07414, Appendix C)
+where it gives them; "our choice" marks what it does not say.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pydantic
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from language_self_play.errors import ConfigError, InputFileError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Texts = str | list[str]
+
+
+class Section(BaseModel):
+    """A frozen table of settings; unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Sampling(Section):
+    """How one role's completions are drawn."""
+
+    temperature: PositiveFloat = Field(
+        1.0, description="Sampling temperature τ; log-probs are of softmax(logits / τ). Our choice."
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="Nucleus of the distribution that is sampled from; below 1 biases the gradient.",
+    )
+    top_k: int = Field(
+        0, ge=0, description="Tokens sampled from, 0 for all; above 0 biases the gradient."
+    )
+
+
+class Policy(Section):
+    path: str = Field(
+        description="The model: a folder, a hub id, or `arena` for the built-in tiny model."
+    )
+    chat_template: str | None = Field(
+        None, description="A Jinja file to use in place of the tokenizer's chat template."
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Extra variables for the chat template."
+    )
+
+
+class Challenger(Sampling):
+    prompt: str = Field(
+        "default",
+        description="The challenger prompt: `default` (the paper's structure, our wording), `arena`,"
+        " or a text file in which {task} and {template} are replaced.",
+    )
+    task: Texts = Field(
+        "", description="Name of the task to pose; of several, one (task, template) pair a step."
+    )
+    template: Texts = Field(
+        "", description="Output template with {placeholders} that a valid query fills."
+    )
+    num_queries: int = Field(8, ge=2, description="N, queries posed a step.")
+    alpha: NonNegativeFloat = Field(
+        1.0, description="α_Ch, weight of the Challenger's loss. Our choice."
+    )
+    max_tokens: PositiveInt = Field(256, description="Longest query, in tokens. Our choice.")
+    beta: NonNegativeFloat = Field(0.05, description="β, weight of the KL to the reference.")
+
+
+class Solver(Sampling):
+    group_size: int = Field(8, ge=2, description="G, answers to each query. Our choice.")
+    system_prompt: str | None = Field(
+        None, description="System message before the query; the paper has none."
+    )
+    max_tokens: PositiveInt = Field(1024, description="Longest answer, in tokens. Our choice.")
+    beta: NonNegativeFloat = Field(0.05, description="β, weight of the KL to the reference.")
+    truncated: Literal["keep", "mask", "penalize"] = Field(
+        "keep",
+        description="Answers cut off by max_tokens: learned from like others, left out of the loss,"
+        " or learned from with truncation_penalty subtracted from their reward. Our choice.",
+    )
+    truncation_penalty: NonNegativeFloat = Field(
+        1.0,
+        description="What `penalize` subtracts; it moves the Solver's advantage only, not V(q).",
+    )
+
+
+class SelfReward(Section):
+    mode: Literal["generate", "expected", "criteria"] = Field(
+        "generate",
+        description="How the reference scores quality 0 to 7: by writing (the paper's way), by the"
+        " expected score in one forward pass, or by the sum of seven probabilities of yes.",
+    )
+    weight: NonNegativeFloat = Field(
+        1.0, description="What R_Q is multiplied with; the paper adds it unscaled."
+    )
+    rubric: str = Field(
+        "default",
+        description="The judge's instructions: `default` (the paper's structure, our wording),"
+        " `arena`, or a text file in which {query} and {answer} are replaced.",
+    )
+    max_tokens: PositiveInt = Field(
+        300, description="Longest reply of the judge in mode `generate`. Our choice."
+    )
+    temperature: PositiveFloat = Field(
+        1.0, description="Temperature of the judge in mode `generate`. Our choice."
+    )
+
+
+class RewardSection(Section):
+    weight: float = Field(1.0, description="Weight of this reward in the sum R(q, a).")
+
+
+class ArenaReward(RewardSection):
+    """1 for the one right answer to an arena query, 0 otherwise."""
+
+    kind: Literal["arena"]
+
+
+class PythonReward(RewardSection):
+    """A function of yours: `def reward(queries: list[str], answers: list[str]) -> list[float]`."""
+
+    kind: Literal["python"]
+    function: str = Field(
+        description="`module:function`; one number for each (query, answer) pair."
+    )
+
+
+Reward = Annotated[ArenaReward | PythonReward, Field(discriminator="kind")]
+
+
+class Learner(Section):
+    lr: PositiveFloat = Field(3e-6, description="Learning rate of AdamW.")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.999), description="AdamW's moment decays. Our choice."
+    )
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay. Our choice.")
+    max_grad_norm: PositiveFloat = Field(
+        1.0, description="Gradients are clipped to this norm. Our choice."
+    )
+    kl: Literal["k1", "k2", "k3", "reward"] = Field(
+        "k3",
+        description="KL term: k3 (GRPO's), k2, k1 (as printed in the paper; no pull on average), or"
+        " `reward` (folded into the reward).",
+    )
+    aggregation: Literal["sequence", "sequence_mean", "token_mean"] = Field(
+        "sequence",
+        description="Token terms: summed over a completion (the paper), averaged over it, or"
+        " averaged over all tokens.",
+    )
+    tokens_per_micro_batch: PositiveInt = Field(
+        16_384, description="Tokens of one forward and backward pass; changes memory, not results."
+    )
+
+
+class Rollout(Section):
+    engine: Literal["transformers"] = Field(
+        "transformers", description="What samples: the policy's own weights, in process."
+    )
+    batch_size: PositiveInt = Field(
+        256, description="Completions decoded at once; changes memory and speed, not results."
+    )
+
+
+class Data(Section):
+    path: str | None = Field(
+        None,
+        description="JSONL file of queries for `grpo`, or `arena` for the built-in 1,000 human ones.",
+    )
+    column: str = Field("prompt", description="Name of the column that holds the query.")
+
+
+class Eval(Section):
+    tasks: list[Literal["arena"]] = Field(
+        default_factory=list,
+        description="What to evaluate while training: held-out arena questions.",
+    )
+    every: PositiveInt = Field(50, description="Steps between evaluations; first and last always.")
+
+
+class Checkpoint(Section):
+    every: PositiveInt = Field(100, description="Steps between checkpoints; the last step always.")
+    keep_last: PositiveInt = Field(2, description="Checkpoints kept; older ones are removed.")
+
+
+class Log(Section):
+    progress: Literal["auto", "bar", "plain", "none"] = Field(
+        "auto", description="A live bar on a terminal, plain lines elsewhere, or nothing."
+    )
+    game_every_s: NonNegativeFloat = Field(
+        5.0, description="Seconds between games shown while it runs; 0 shows none."
+    )
+
+
+class Config(Section):
+    """A whole run."""
+
+    algorithm: Literal["lsp", "lsp-zero", "grpo"] = Field(
+        "lsp",
+        description="The game with quality self-reward, the zero-sum game without it, or its"
+        " Solver's half on a fixed set of queries.",
+    )
+    steps: PositiveInt = Field(1500, description="Optimizer steps S.")
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="Every random draw is a function of it and the step."
+    )
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:N` or `mps`.")
+    threads: PositiveInt | None = Field(
+        None, description="CPU threads; by default what torch chooses, then kept for the run."
+    )
+    policy: Policy
+    challenger: Challenger = Challenger()
+    solver: Solver = Solver()
+    self_reward: SelfReward = SelfReward()
+    reward: dict[str, Reward] = Field(
+        default_factory=dict, description="Rewards by name; R(q, a) is their weighted sum."
+    )
+    learner: Learner = Learner()
+    rollout: Rollout = Rollout()
+    data: Data = Data()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @pydantic.model_validator(mode="after")
+    def _agree(self) -> Config:
+        if not self.reward:
+            raise ValueError(
+                "reward: no reward is configured; add a table such as [reward.main] with"
+                ' kind = "python" and function = "module:function"'
+            )
+        if self.algorithm == "grpo" and self.data.path is None:
+            raise ValueError(
+                'data.path: algorithm = "grpo" learns from a fixed set of queries; name a JSONL'
+                ' file, or use "lsp", which poses its own'
+            )
+        tasks, templates = as_list(self.challenger.task), as_list(self.challenger.template)
+        if len(tasks) != len(templates):
+            raise ValueError(
+                f"challenger.template: {len(templates)} given for {len(tasks)} challenger.task;"
+                " give one template for each task"
+            )
+        return self
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> Config:
+        """Validate a nested table of settings. Raises ConfigError with one sentence a mistake."""
+        try:
+            return cls.model_validate(table)
+        except pydantic.ValidationError as error:
+            raise ConfigError("\n".join(_sentences(error))) from None
+
+    @classmethod
+    def from_recipe(cls, recipe: str | os.PathLike[str], **overrides: Any) -> Config:
+        """Read a TOML file or a shipped recipe; `overrides` are nested tables merged into it.
+
+        Raises InputFileError for a file that can't be read, ConfigError for what it says.
+        """
+        return cls.from_table(merge(load_recipe(recipe), overrides))
+
+    def to_toml(self) -> str:
+        """This configuration as TOML, every field written out, unset optionals left out."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the frozen initial model is used: for a KL term or for the self-reward."""
+        betas = [self.solver.beta]
+        if self.algorithm != "grpo":
+            betas.append(self.challenger.beta)
+        return any(betas) or self.algorithm == "lsp"
+
+
+def as_list(value: Texts) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("language_self_play") / "recipes"
+    return sorted(
+        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
+    )
+
+
+def recipe_text(recipe: str | os.PathLike[str]) -> str:
+    """The TOML text of a shipped recipe or of a file. Raises InputFileError."""
+    path = Path(recipe)
+    if os.fspath(recipe) in recipe_names():
+        return (resources.files("language_self_play") / "recipes" / f"{recipe}.toml").read_text(
+            "utf-8"
+        )
+    if path.suffix != ".toml" and not path.exists():
+        raise InputFileError(
+            f"{recipe}: no such recipe or file; shipped recipes are {', '.join(recipe_names())}"
+        )
+    return read_text(path)
+
+
+def load_recipe(recipe: str | os.PathLike[str]) -> dict[str, Any]:
+    """The table of a recipe. Raises InputFileError."""
+    text = recipe_text(recipe)
+    if not text.strip():
+        raise InputFileError(
+            f"{recipe}: the file is empty; `lsp recipes show arena` shows a whole one"
+        )
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputFileError(f"{recipe}: not valid TOML: {error}") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that the user named. Raises InputFileError, in one sentence."""
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise InputFileError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputFileError(f"{path}: is a folder; a file is needed") from None
+    except UnicodeDecodeError:
+        raise InputFileError(f"{path}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise InputFileError(f"{path}: can't be read ({error.strerror})") from None
+
+
+def merge(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` with the leaves of `overrides` laid over it."""
+    merged = dict(table)
+    for key, value in overrides.items():
+        below = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        merged[key] = merge(below, value) if both else value
+    return merged
+
+
+def parse_override(name: str, value: str) -> dict[str, Any]:
+    """The nested table for a flag `--name value`: a TOML value, or text where text is wanted."""
+    *sections, leaf = name.split(".")
+    table: dict[str, Any] = {leaf: value if _wants_text(name) else _toml_value(value)}
+    for section in reversed(sections):
+        table = {section: table}
+    return table
+
+
+def _toml_value(value: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def _wants_text(name: str) -> bool:
+    for field in fields():
+        if field.name == name:
+            kinds = set(get_args(field.annotation)) or {field.annotation}
+            return kinds <= {str, NoneType}
+    return False
+
+
+class FieldInfo(pydantic.BaseModel):
+    """One setting as `lsp config` lists it."""
+
+    name: str
+    annotation: Any
+    type: str
+    default: Any
+    required: bool
+    description: str
+
+
+def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[FieldInfo]:
+    """Every setting, in order, with dotted names; rewards as `reward.NAME.field`."""
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield from fields(annotation, f"{prefix}{name}.")
+        elif name == "reward":
+            seen: set[str] = set()
+            for kind in get_args(get_args(Reward)[0]):
+                for info in fields(kind, "reward.NAME."):
+                    if info.name == "reward.NAME.kind":
+                        continue
+                    if info.name not in seen:
+                        seen.add(info.name)
+                        yield info
+        else:
+            yield FieldInfo(
+                name=prefix + name,
+                annotation=annotation,
+                type=type_name(annotation),
+                default=None
+                if field.is_required()
+                else field.get_default(call_default_factory=True),
+                required=field.is_required(),
+                description=field.description or "",
+            )
+
+
+def reward_kinds() -> dict[str, str]:
+    """Kind -> what it is, for every reward that can be configured."""
+    kinds = get_args(get_args(Reward)[0])
+    return {
+        get_args(k.model_fields["kind"].annotation)[0]: (k.__doc__ or "").strip() for k in kinds
+    }
+
+
+def type_name(annotation: Any) -> str:
+    """A type as a person would write it: `float`, `text`, `"a" | "b"`, `list of text`."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(f'"{a}"' for a in args)
+    if origin is Annotated:
+        return type_name(args[0])
+    if origin in (Union, UnionType):
+        return " | ".join(type_name(a) for a in args if a is not NoneType)
+    if origin in (list, tuple):
+        return f"list of {type_name(args[0])}"
+    if origin is dict:
+        return "table"
+    return {str: "text", int: "int", float: "float", bool: "true | false"}.get(
+        annotation, str(annotation)
+    )
+
+
+# ---------------------------------------------------------------- error sentences
+
+
+def _sentences(error: pydantic.ValidationError) -> Iterator[str]:
+    for problem in error.errors(include_url=False):
+        # Discriminated unions put the kind into the location; the user never typed it there.
+        location = [str(part) for part in problem["loc"]]
+        if location[:1] == ["reward"] and len(location) > 2:
+            del location[2]
+        name = ".".join(location)
+        match problem["type"]:
+            case "extra_forbidden":
+                yield _unknown_name(name, location)
+            case "missing":
+                yield f"{name}: missing; it has no default ({_description(name)})"
+            case "value_error":
+                yield str(problem["ctx"]["error"])
+            case "union_tag_invalid" | "union_tag_not_found":
+                given = problem["input"].get("kind") if isinstance(problem["input"], dict) else None
+                shown = f"{given!r} is unknown" if given else "missing"
+                yield f"{name}.kind: {shown}; one of {', '.join(reward_kinds())}"
+            case _:
+                reason = problem["msg"].removeprefix("Input ").replace("should be", "must be")
+                yield f"{name} = {problem['input']!r}: {reason}"
+
+
+def _unknown_name(name: str, location: list[str]) -> str:
+    *sections, leaf = location
+    if location[0] == "reward":
+        sections = ["reward", "NAME"]
+    prefix = "".join(f"{s}." for s in sections)
+    known = {
+        f.name.removeprefix(prefix).split(".")[0] for f in fields() if f.name.startswith(prefix)
+    }
+    if not sections:
+        known |= set(Config.model_fields)
+    if near := difflib.get_close_matches(leaf, sorted(known), n=1):
+        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?"
+    elif elsewhere := difflib.get_close_matches(
+        leaf, [f.name.rsplit(".", 1)[-1] for f in fields()], n=1
+    ):
+        full = next(f.name for f in fields() if f.name.rsplit(".", 1)[-1] == elsewhere[0])
+        hint = f"did you mean {full}?"
+    else:
+        hint = "`lsp config` lists every setting"
+    return f"{name}: no such setting; {hint}"
+
+
+def _description(name: str) -> str:
+    known = {f.name: f.description for f in fields()}
+    return known.get(name, "`lsp config` lists every setting").rstrip(".")

@@ -1,0 +1,53 @@
+"""What can go wrong, as one tree; each error is also its standard-library kin.
+
+    LspError
+    ├── ConfigError      (ValueError)       a setting or a command line            exit code 2
+    ├── InputFileError   (OSError)          a file or folder that was pointed at   exit code 2
+    ├── ModelError       (ValueError)       a checkpoint that can't play           exit code 2
+    ├── RewardError      (ValueError)       a reward that raised or mis-shaped     exit code 2
+    ├── RunFolderError   (OSError)          a run folder that can't be used        exit code 2
+    ├── NonFiniteError   (ArithmeticError)  a NaN or infinity in the numbers       exit code 3
+    └── Paused           (InterruptedError) stopped on request, resumable          exit code 75
+
+A message names the field or file, shows the value, says why it is wrong and what to do.
+"""
+
+from __future__ import annotations
+
+
+class LspError(Exception):
+    """The root of every error that this package raises on purpose."""
+
+    exit_code = 2
+
+
+class ConfigError(LspError, ValueError):
+    """One or more settings are wrong; one sentence a line."""
+
+
+class InputFileError(LspError, OSError):
+    """A file or folder that the user pointed at is missing, unreadable or malformed."""
+
+
+class ModelError(LspError, ValueError):
+    """A checkpoint can't be loaded or can't play the game."""
+
+
+class RewardError(LspError, ValueError):
+    """A reward raised, or returned something other than one number for each answer."""
+
+
+class RunFolderError(LspError, OSError):
+    """A run folder can't be created, written, or resumed from."""
+
+
+class NonFiniteError(LspError, ArithmeticError):
+    """A loss, gradient, reward or log-probability is NaN or infinite."""
+
+    exit_code = 3
+
+
+class Paused(LspError, InterruptedError):
+    """The run was asked to stop; it has checkpointed and can be resumed."""
+
+    exit_code = 75

@@ -1,0 +1,1 @@
+"""Measuring a model: accuracy on questions with known answers."""

@@ -1,0 +1,118 @@
+"""Accuracy on the arena's held-out questions, exact: one forward pass, no sampling noise."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from language_self_play.arena.questions import held_out_problems
+from language_self_play.arena.tasks import TIERS
+from language_self_play.packing import pad_left
+from language_self_play.policy import Chat
+
+# Two-sided 95 % of a normal distribution.
+Z_95 = 1.959964
+
+
+@dataclass(frozen=True)
+class QuestionResult:
+    """One question: the exact probability of its right answer, and whether greedy decoding gives it."""
+
+    query: str
+    answer: str
+    tier: str
+    task: str
+    probability: float
+    greedy: bool
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Results on a set of questions, as means with 95 % intervals."""
+
+    results: list[QuestionResult]
+
+    def tiers(self) -> list[str]:
+        """The tiers, easiest first."""
+        return [t for t in TIERS if any(r.tier == t for r in self.results)]
+
+    def sampled(self, tier: str | None = None) -> tuple[float, float]:
+        """(mean probability of the right answer at temperature 1, half-width of its interval)."""
+        return _mean_with_interval([r.probability for r in self._of(tier)])
+
+    def greedy(self, tier: str | None = None) -> tuple[float, float]:
+        """(share of questions that greedy decoding answers right, half-width of its interval)."""
+        return _mean_with_interval([float(r.greedy) for r in self._of(tier)])
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics of an evaluation, overall and by tier."""
+        metrics: dict[str, float] = {}
+        for name, measure in (("sampled", self.sampled), ("greedy", self.greedy)):
+            for tier in (None, *self.tiers()):
+                suffix = f"/{tier}" if tier else ""
+                mean, half_width = measure(tier)
+                metrics[f"eval/{name}_accuracy{suffix}"] = mean
+                metrics[f"eval/{name}_accuracy_ci95{suffix}"] = half_width
+        return metrics
+
+    def _of(self, tier: str | None) -> list[QuestionResult]:
+        return [r for r in self.results if tier in (None, r.tier)]
+
+
+@torch.inference_mode()
+def arena_accuracy(
+    model: PreTrainedModel, chat: Chat, tokens_at_once: int, system_prompt: str | None = None
+) -> Accuracy:
+    """Accuracy on the held-out questions.
+
+    A question's probability is that of the right answer's tokens and then any stop token, at
+    temperature 1; for a tokenizer that can spell an answer in several ways it is a lower bound.
+    Greedy decoding gives the answer exactly if each of these tokens is the likeliest.
+    """
+    problems = held_out_problems()
+    eos = torch.tensor(chat.eos_ids)
+    rows = []
+    for query, problem in problems:
+        rows.append((chat.encode(query, system_prompt), chat.encode_reply(problem.answer)))
+    # Equal lengths go together: a batch is a rectangle of prompts and one of answers.
+    by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, (_, answer) in enumerate(rows):
+        by_shape[len(answer), len(rows[i][0])].append(i)
+    probability, greedy = [0.0] * len(rows), [False] * len(rows)
+    for (answer_length, prompt_length), members in by_shape.items():
+        at_once = max(1, tokens_at_once // (answer_length + prompt_length))
+        for start in range(0, len(members), at_once):
+            chosen = members[start : start + at_once]
+            tokens, _ = pad_left(
+                [rows[i][0] + rows[i][1] for i in chosen], chat.pad_id, model.device
+            )
+            logits = model(input_ids=tokens, logits_to_keep=answer_length + 1).logits.float().cpu()
+            logprobs = logits.log_softmax(-1)
+            answers = torch.tensor([rows[i][1] for i in chosen])
+            of_answer = logprobs[:, :-1].gather(-1, answers[..., None]).squeeze(-1).sum(-1)
+            of_stop = logprobs[:, -1, eos].logsumexp(-1)
+            likeliest = logits.argmax(-1)
+            right = (likeliest[:, :-1] == answers).all(-1) & torch.isin(likeliest[:, -1], eos)
+            for i, p, g in zip(
+                chosen, (of_answer + of_stop).exp().tolist(), right.tolist(), strict=True
+            ):
+                probability[i], greedy[i] = p, g
+    return Accuracy(
+        [
+            QuestionResult(query, problem.answer, problem.tier, problem.task, p, g)
+            for (query, problem), p, g in zip(problems, probability, greedy, strict=True)
+        ]
+    )
+
+
+def _mean_with_interval(values: list[float]) -> tuple[float, float]:
+    """(mean, half-width of the normal 95 % interval over questions)."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.inf
+    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return mean, Z_95 * math.sqrt(variance / len(values))

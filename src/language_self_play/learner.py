@@ -1,0 +1,128 @@
+"""The learning step: groups -> micro-batches -> log-probs -> loss -> one optimizer step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from language_self_play.advantages import centre
+from language_self_play.config import Config
+from language_self_play.errors import NonFiniteError
+from language_self_play.forward import completion_logprobs
+from language_self_play.losses import aggregate, kl_terms, policy_gradient
+from language_self_play.packing import MicroBatch, micro_batches
+from language_self_play.policy import Policy
+from language_self_play.types import Groups
+
+
+@dataclass
+class StepResult:
+    """What a learning step measured. KL and entropy are means per token, in nats, by role."""
+
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    kl: dict[str, float] = field(default_factory=dict)
+    entropy: dict[str, float] = field(default_factory=dict)
+    num_tokens: int = 0
+
+
+class Learner:
+    """AdamW on the policy, one step for both roles together (Algorithm 1)."""
+
+    def __init__(self, policy: Policy, config: Config):
+        self.policy = policy
+        self.config = config
+        section = config.learner
+        self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=section.lr, betas=section.betas, weight_decay=section.weight_decay
+        )
+
+    def step(self, solved: Groups, posed: Groups | None, alpha: float) -> StepResult:
+        """One step down the gradient of L_Sol + α_Ch · L_Ch. Paper, Algorithm 1, Eq. 4 and 5.
+
+        `posed` is None for GRPO, which is the Solver's half. Raises NonFiniteError, before any
+        weight has changed, if the loss or its gradient is not finite.
+        """
+        result = StepResult()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._backward(solved, 1.0, self.config.solver.beta, result)
+        if posed is not None:
+            self._backward(posed, alpha, self.config.challenger.beta, result)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.learner.max_grad_norm)
+        result.grad_norm = norm.item()
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise NonFiniteError(
+                f"the loss is {result.loss} and its gradient's norm {result.grad_norm}; the update"
+                " was not made. A lower learner.lr or a larger beta usually helps"
+            )
+        self.optimizer.step()
+        return result
+
+    def _backward(self, groups: Groups, weight: float, beta: float, result: StepResult) -> None:
+        """Add weight · L to the gradients, and what it measures to `result`."""
+        section, model, role = self.config.learner, self.policy.model, groups.role
+        batches = list(
+            micro_batches(
+                groups, section.tokens_per_micro_batch, self.policy.chat.pad_id, model.device
+            )
+        )
+        num_completions = sum(b.mask_BKT[..., 0].numel() for b in batches)
+        num_tokens = sum(int(b.mask_BKT.sum()) for b in batches)
+        if num_completions == 0:
+            return
+        references = self._reference_logprobs(batches, groups.temperature)
+        penalties = None
+        if references and section.kl == "reward" and beta:
+            penalties = kl_penalties(groups, batches, references, beta)
+        kl_sum = entropy_sum = 0.0
+        for i, batch in enumerate(batches):
+            advantages_BK = batch.advantages_BK
+            if penalties is not None:
+                advantages_BK = advantages_BK - penalties[batch.index_BK].to(advantages_BK.device)
+            logprobs = completion_logprobs(model, batch, groups.temperature).flatten(0, 1)
+            mask = batch.mask_BKT.flatten(0, 1)
+            terms = policy_gradient(logprobs, advantages_BK.flatten())
+            if references:
+                reference = references[i].flatten(0, 1)
+                if beta and section.kl != "reward":
+                    terms = terms + beta * kl_terms(logprobs, reference, section.kl)
+                kl_sum += kl_terms(logprobs.detach(), reference, "k3")[mask].sum().item()
+            loss = weight * aggregate(terms, mask, section.aggregation, num_completions, num_tokens)
+            loss.backward()
+            result.loss += loss.item()
+            entropy_sum -= logprobs.detach()[mask].sum().item()
+            result.num_tokens += batch.num_tokens
+        # On samples of π itself, the mean of -log π is an unbiased estimate of its entropy.
+        result.entropy[role] = entropy_sum / num_tokens
+        if references:
+            result.kl[role] = kl_sum / num_tokens
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor]:
+        """log π_Ref of every micro-batch's tokens, (B, K, T); empty without a reference."""
+        reference = self.policy.reference
+        if reference is None:
+            return []
+        return [completion_logprobs(reference, batch, temperature) for batch in batches]
+
+
+def kl_penalties(
+    groups: Groups, batches: list[MicroBatch], references: list[Tensor], beta: float
+) -> Tensor:
+    """What the KL folded into the reward takes from each completion's advantage, flat.
+
+    Each completion's own β · Σ_t log(π/π_Ref), detached, is subtracted from its reward before
+    centring; centring is linear, so its centred value may be subtracted from the advantage. The
+    sampler's log-probs are log π.
+    """
+    completions = groups.completions()
+    penalties = torch.zeros(len(completions))
+    for batch, reference in zip(batches, references, strict=True):
+        sums = torch.where(batch.mask_BKT, reference, 0.0).sum(-1).cpu()
+        own = [[sum(completions[k].logprobs) for k in row] for row in batch.index_BK.tolist()]
+        penalties[batch.index_BK] = beta * (torch.tensor(own) - sums)
+    return centre(penalties.view(len(groups.groups), -1)).flatten()

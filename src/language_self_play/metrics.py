@@ -1,0 +1,160 @@
+"""One step of play as a metrics record and as games. docs/metrics.md defines every key."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from language_self_play.advantages import challenger_rewards
+from language_self_play.learner import StepResult
+from language_self_play.run_folder import Record
+from language_self_play.types import Posed, Query, Solved
+
+BYTES_PER_GIB = 2**30
+
+Describe = Callable[[str], Record] | None
+
+
+@dataclass
+class Turn:
+    """Everything that one step played and learned."""
+
+    step: int
+    queries: list[str]
+    posed: Posed | None
+    solved: Solved
+    R_NG: Tensor
+    R_Q_NG: Tensor
+    unparsable_fraction: float | None
+    result: StepResult
+
+
+def step_record(
+    turn: Turn, seconds: dict[str, float], device: torch.device, describe: Describe
+) -> Record:
+    """The metrics of one step. `describe` tells what the world knows of a query."""
+    posed, solved, result = turn.posed, turn.solved, turn.result
+    record: Record = {"step": turn.step, **_reward_metrics(turn)}
+    if posed is not None:
+        record |= _query_metrics(posed)
+    if describe and turn.queries:
+        unsolvable = [describe(query)["unsolvable"] is not None for query in turn.queries]
+        record["queries/unsolvable_fraction"] = sum(unsolvable) / len(unsolvable)
+    record |= {f"kl/{role}": kl for role, kl in sorted(result.kl.items())}
+    record |= {f"entropy/{role}": entropy for role, entropy in sorted(result.entropy.items())}
+    num_sampled = 0
+    for groups in (posed, solved):
+        if groups is not None and (completions := groups.completions()):
+            lengths = [len(c.tokens) for c in completions]
+            cut = [c.finish_reason == "length" for c in completions]
+            record[f"length/{groups.role}"] = sum(lengths) / len(lengths)
+            record[f"truncated/{groups.role}"] = sum(cut) / len(cut)
+            num_sampled += sum(lengths)
+    record |= {"loss": result.loss, "grad_norm": result.grad_norm}
+    record |= {f"time/{name}": value for name, value in seconds.items()}
+    record["time/tokens_per_s"] = num_sampled / seconds["step_s"]
+    record["memory/peak_gib"] = _peak_memory_gib(device)
+    return record
+
+
+def _reward_metrics(turn: Turn) -> Record:
+    if not turn.R_NG.numel():
+        return {}
+    record = {
+        "reward/mean": turn.R_NG.mean().item(),
+        "reward/std": turn.R_NG.std(correction=0).item(),
+    }
+    if turn.unparsable_fraction is not None:
+        record["quality/mean"] = turn.R_Q_NG.mean().item()
+        record["quality/std"] = turn.R_Q_NG.std(correction=0).item()
+        if record["reward/std"] > 0:
+            record["quality/ratio"] = record["quality/std"] / record["reward/std"]
+        record["quality/unparsable_fraction"] = turn.unparsable_fraction
+    return record
+
+
+def _query_metrics(posed: Posed) -> Record:
+    num_posed = len(posed.all_queries) + len(posed.held_out)
+    reasons = Counter(q.reason for q in posed.all_queries if q.reason)
+    distinct = len({q.text for q in posed.all_queries})
+    return {
+        "queries/valid_fraction": len(posed.queries) / num_posed,
+        "queries/heldout_fraction": len(posed.held_out) / num_posed,
+        "queries/distinct_fraction": distinct / max(1, len(posed.all_queries)),
+        **{f"queries/invalid/{r}": n / num_posed for r, n in sorted(reasons.items())},
+    }
+
+
+def game_records(turn: Turn, describe: Describe) -> list[Record]:
+    """One record a query: those of the group in order, then the held-out ones."""
+    posed = turn.posed
+    answers = iter(_answers(turn))
+    if posed is None:
+        games = [_game(Query(q), None, None, next(answers)) for q in turn.queries]
+    else:
+        rewards = challenger_rewards(turn.R_NG, turn.R_Q_NG, posed.valid).tolist()
+        assert posed.advantages is not None
+        advantages = posed.advantages.tolist()
+        games = [
+            _game(query, reward, advantage, next(answers) if query.valid else [])
+            for query, reward, advantage in zip(posed.all_queries, rewards, advantages, strict=True)
+        ]
+        games += [_game(query, None, None, []) for query in posed.held_out]
+    return [
+        {"step": turn.step, "index": i, "version": turn.step, **game}
+        | (describe(game["query"]) if describe else {})
+        for i, game in enumerate(games)
+    ]
+
+
+def _game(
+    query: Query, reward: float | None, advantage: float | None, answers: list[Record]
+) -> Record:
+    return {
+        "task": query.task,
+        "query": query.text,
+        "valid": query.valid,
+        "reason": query.reason,
+        "challenger_reward": reward,
+        "challenger_advantage": advantage,
+        "answers": answers,
+    }
+
+
+def _answers(turn: Turn) -> list[list[Record]]:
+    assert turn.solved.advantages is not None
+    return [
+        [
+            {
+                "text": completion.text,
+                "reward": reward,
+                "quality": quality,
+                "advantage": advantage,
+                "tokens": len(completion.tokens),
+                "finish_reason": completion.finish_reason,
+            }
+            for completion, reward, quality, advantage in zip(*columns, strict=True)
+        ]
+        for columns in zip(
+            [group.completions for group in turn.solved.groups],
+            turn.R_NG.tolist(),
+            turn.R_Q_NG.tolist(),
+            turn.solved.advantages.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the accelerator on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / BYTES_PER_GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux KiB.
+    return peak / BYTES_PER_GIB if sys.platform == "darwin" else peak * 1024 / BYTES_PER_GIB

@@ -1,0 +1,125 @@
+"""Groups into micro-batches: prompts padded on the left, completions on the right, prompt shared.
+
+    prompts      (B, P)       one row a group, or a slice of one that exceeds the token budget
+    completions  (B, K, T)    its completions; all rows of a micro-batch have the same K
+
+In this layout a prompt ends and its completions begin in the same column of every row, so that
+one forward pass over the prompts serves all K completions of each (see forward.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from language_self_play.types import Groups
+
+
+@dataclass
+class MicroBatch:
+    """Group slices of one role that go through the model together."""
+
+    prompts_BP: Tensor
+    prompt_mask_BP: Tensor
+    completions_BKT: Tensor
+    mask_BKT: Tensor
+    advantages_BK: Tensor
+    index_BK: Tensor  # place of each completion in Groups.completions()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed, padding included."""
+        return self.prompts_BP.numel() + self.completions_BKT.numel()
+
+
+class _Slice(NamedTuple):
+    prompt: list[int]
+    completions: list[list[int]]
+    advantages: list[float]
+    index: list[int]
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.completions))
+
+
+def micro_batches(
+    groups: Groups, tokens_per_micro_batch: int, pad_id: int, device: torch.device
+) -> Iterator[MicroBatch]:
+    """Every completion of `groups` that is kept, in micro-batches of similar lengths.
+
+    A micro-batch holds at most `tokens_per_micro_batch` tokens, but at least one completion.
+    """
+    ready: list[_Slice] = []
+    ordered = sorted(
+        _slices(groups, tokens_per_micro_batch),
+        key=lambda s: (len(s.completions), s.longest, len(s.prompt)),
+    )
+    for new in ordered:
+        if ready and (
+            len(new.completions) != len(ready[0].completions)
+            or _num_tokens([*ready, new]) > tokens_per_micro_batch
+        ):
+            yield _collate(ready, pad_id, device)
+            ready = []
+        ready.append(new)
+    if ready:
+        yield _collate(ready, pad_id, device)
+
+
+def _slices(groups: Groups, budget: int) -> Iterator[_Slice]:
+    """Groups without the completions that are not kept, cut where one exceeds the budget."""
+    assert groups.advantages is not None, "advantages come before learning"
+    advantages = groups.advantages.flatten().tolist()
+    start = 0
+    for i, group in enumerate(groups.groups):
+        kept = [
+            (completion.tokens, advantages[start + j], start + j)
+            for j, completion in enumerate(group.completions)
+            if groups.keep is None or groups.keep[i][j]
+        ]
+        start += len(group.completions)
+        if not kept:
+            continue
+        longest = max(len(tokens) for tokens, _, _ in kept)
+        rows = max(1, (budget - len(group.prompt)) // longest)
+        for first in range(0, len(kept), rows):
+            tokens, slice_advantages, index = zip(*kept[first : first + rows], strict=True)
+            yield _Slice(group.prompt, list(tokens), list(slice_advantages), list(index))
+
+
+def _num_tokens(slices: list[_Slice]) -> int:
+    longest_prompt = max(len(s.prompt) for s in slices)
+    longest = max(s.longest for s in slices)
+    return len(slices) * (longest_prompt + len(slices[0].completions) * longest)
+
+
+def _collate(slices: list[_Slice], pad_id: int, device: torch.device) -> MicroBatch:
+    B, K = len(slices), len(slices[0].completions)
+    prompts_BP, prompt_mask_BP = pad_left([s.prompt for s in slices], pad_id, device)
+    rows = [tokens for s in slices for tokens in s.completions]
+    longest = max(map(len, rows))
+    completions = torch.tensor([r + [pad_id] * (longest - len(r)) for r in rows], device=device)
+    lengths = torch.tensor([len(r) for r in rows], device=device)
+    mask = torch.arange(longest, device=device) < lengths[:, None]
+    return MicroBatch(
+        prompts_BP,
+        prompt_mask_BP,
+        completions.view(B, K, longest),
+        mask.view(B, K, longest),
+        torch.tensor([s.advantages for s in slices], device=device),
+        torch.tensor([s.index for s in slices]),
+    )
+
+
+def pad_left(rows: Iterable[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(tokens, mask) of rows that end in the same column, both int64 of shape (B, longest)."""
+    rows = list(rows)
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[pad_id] * (longest - len(r)) + r for r in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
+    return tokens, mask

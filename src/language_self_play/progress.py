@@ -1,0 +1,188 @@
+"""Watching a run while it plays: a live bar on a terminal, plain lines elsewhere. Never torch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import IO, Any, Protocol
+
+from language_self_play.config import Config
+from language_self_play.run_folder import Record
+
+MAX_SHOWN = 60
+
+
+class Progress(Protocol):
+    """What the loop tells a watcher."""
+
+    def __enter__(self) -> Progress: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def step(self, record: Record, games: list[Record]) -> None:
+        """A step has been recorded; the last record has no games."""
+
+
+def build_progress(config: Config, start: int) -> Progress:
+    """The watcher that config.log asks for, for a run that plays from step `start`."""
+    kind = config.log.progress
+    if kind == "auto":
+        kind = "bar" if sys.stdout.isatty() else "plain"
+    if kind == "none":
+        return Silent()
+    return (LiveBar if kind == "bar" else PlainLines)(config.steps, start, config.log.game_every_s)
+
+
+class Silent:
+    """Shows nothing."""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def step(self, record: Record, games: list[Record]) -> None:
+        pass
+
+
+class PlainLines(Silent):
+    """Every few seconds a line of numbers and one game; for logs."""
+
+    def __init__(self, steps: int, start: int, every_s: float, out: IO[str] | None = None):
+        self.steps = steps
+        self.start = start
+        self.every_s = every_s
+        self.out = out or sys.stdout
+        self.began = time.monotonic()
+        self.shown = float("-inf")
+        self.state: Record = {}
+
+    def step(self, record: Record, games: list[Record]) -> None:
+        self.state |= record
+        now = time.monotonic()
+        finished = record["step"] >= self.steps - 1
+        if now - self.shown < max(self.every_s, 1.0) and not finished:
+            return
+        self.shown = now
+        done = record["step"] + 1 - self.start
+        left = (now - self.began) / max(done, 1) * max(0, self.steps - record["step"] - 1)
+        print(
+            f"step {record['step']}/{self.steps}  {_duration(left)} left  {headline(self.state)}",
+            file=self.out,
+            flush=True,
+        )
+        if self.every_s and (game := choose_game(games)):
+            print(f"    {game_line(game)}", file=self.out, flush=True)
+
+
+class LiveBar(Silent):
+    """A bar with the numbers that matter, and every few seconds one game above it."""
+
+    def __init__(self, steps: int, start: int, every_s: float, console: Any = None):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self.every_s = every_s
+        self.shown = time.monotonic()
+        self.state: Record = {}
+        self.console = console or Console()
+        self.bar = RichProgress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left  {task.fields[headline]}", markup=False),
+            console=self.console,
+        )
+        self.task = self.bar.add_task("play", total=steps, completed=start, headline="")
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def step(self, record: Record, games: list[Record]) -> None:
+        from rich.text import Text
+
+        self.state |= record
+        total = self.bar.tasks[0].total or 0
+        done = min(record["step"] + 1, total)
+        self.bar.update(self.task, completed=done, headline=headline(self.state))
+        now = time.monotonic()
+        if self.every_s and now - self.shown >= self.every_s and (game := choose_game(games)):
+            self.shown = now
+            text = Text(f"{record['step']:>6}  ", style="dim")
+            for piece, style in game_pieces(game):
+                text.append(piece, style)
+            self.console.print(text, overflow="ellipsis", no_wrap=True)
+
+
+# ---------------------------------------------------------------- words
+
+
+def headline(record: Record) -> str:
+    """The numbers that matter: V̄, V_Q, KL of both roles, validity, held-out accuracy."""
+    parts = []
+    if "reward/mean" in record:
+        parts.append(f"V̄ {record['reward/mean']:.2f}")
+    if "quality/mean" in record:
+        parts.append(f"V_Q {record['quality/mean']:.2f}")
+    kls = [f"{record[k]:.3f}" for k in ("kl/solver", "kl/challenger") if k in record]
+    if kls:
+        parts.append(f"KL {'/'.join(kls)}")
+    if "queries/valid_fraction" in record:
+        parts.append(f"valid {record['queries/valid_fraction']:.0%}")
+    if "queries/unsolvable_fraction" in record:
+        parts.append(f"unsolvable {record['queries/unsolvable_fraction']:.0%}")
+    if "eval/sampled_accuracy" in record:
+        parts.append(f"held-out {record['eval/sampled_accuracy']:.1%}")
+    return "  ".join(parts)
+
+
+def choose_game(games: list[Record]) -> Record | None:
+    """The game worth showing: the first whose answers differ in reward, else the first answered."""
+    answered = [game for game in games if game["answers"]]
+    for game in answered:
+        if len({answer["reward"] for answer in game["answers"]}) > 1:
+            return game
+    return answered[0] if answered else None
+
+
+def two_answers(game: Record) -> list[Record]:
+    """The best and the worst answer by reward."""
+    ranked = sorted(game["answers"], key=lambda a: a["reward"], reverse=True)
+    return ranked[:1] if len(ranked) == 1 else [ranked[0], ranked[-1]]
+
+
+def game_pieces(game: Record) -> list[tuple[str, str]]:
+    """One game as (text, rich style) pieces: query, two answers, their scores."""
+    pieces = [(printable(game["query"]), "bold"), ("  →  ", "dim")]
+    for i, answer in enumerate(two_answers(game)):
+        style = "green" if answer["reward"] > 0 else "red"
+        scores = f" (R {answer['reward']:.2g}, R_Q {answer['quality']:.2f})"
+        pieces += [("  |  ", "dim")] if i else []
+        pieces += [(printable(answer["text"]), style), (scores, "dim")]
+    rewards = [a["reward"] for a in game["answers"]]
+    return [*pieces, (f"   V {sum(rewards) / len(rewards):.2f}", "dim")]
+
+
+def game_line(game: Record) -> str:
+    return "".join(piece for piece, _ in game_pieces(game))
+
+
+def printable(text: str, limit: int = MAX_SHOWN) -> str:
+    """`text` on one line of at most `limit` characters; what could steer a terminal is escaped."""
+    if not text:
+        return "∅"
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,27 @@
+"""Sampling completions: `Sampler` is what the players need of a backend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from language_self_play.config import Sampling
+    from language_self_play.policy import Chat
+    from language_self_play.types import Group, Role
+
+
+class Sampler(Protocol):
+    """Draws n completions of each prompt from the weights of the last `sync`."""
+
+    chat: Chat
+    context_length: int
+
+    def sync(self, model: PreTrainedModel, step: int) -> None:
+        """Take over the weights of `model`, version `step`; draws are functions of `step`."""
+
+    def sample(
+        self, prompts: list[list[int]], n: int, role: Role, settings: Sampling, max_tokens: int
+    ) -> list[Group]:
+        """One group of `n` completions for each prompt, in order."""

@@ -1,0 +1,74 @@
+"""What a finished run has to say for itself, read from its folder. Never torch."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from language_self_play.arena.tasks import TIERS
+from language_self_play.progress import game_pieces
+from language_self_play.run_folder import Record, RunFolder
+
+
+def print_summary(run: RunFolder, console: Any) -> None:
+    """Accuracy before and after, three games, where the run is, what to do next."""
+    from rich.text import Text
+
+    records = list(run.metrics())
+    evaluations = [r for r in records if "eval/sampled_accuracy" in r]
+    if len(evaluations) >= 2:
+        console.print(accuracy_table(evaluations[0], evaluations[-1]))
+    if games := three_games(run, records):
+        console.print("\nThree games of the last step, from its easiest query to its hardest:")
+        for game in games:
+            text = Text("  ")
+            for piece, style in game_pieces(game):
+                text.append(piece, style)
+            console.print(text)
+    folder = shlex.quote(str(run.folder))
+    console.print(
+        f"\nThe run is in {folder}: config, metrics, games, checkpoints and the model.",
+        highlight=False,
+    )
+    console.print("Next:")
+    for command, why in (
+        (f"lsp play {folder}/model", "watch the trained model play both roles, or play against it"),
+        (f"lsp eval accuracy {folder}/model", "its accuracy on the held-out questions"),
+        ("lsp train arena-zero", "the same game without the self-reward, to see what that is for"),
+    ):
+        console.print(f"  {command:<44}  {why}", highlight=False, markup=False)
+
+
+def accuracy_table(before: Record, after: Record) -> Any:
+    """Held-out accuracy by tier, sampled and greedy, with 95 % intervals and the change."""
+    from rich.table import Table
+
+    table = Table(title="Held-out accuracy in %, with 95 % intervals", title_justify="left")
+    table.add_column("tier")
+    for name in ("sampled, before", "after", "change", "greedy, before", "after", "change"):
+        table.add_column(name, justify="right")
+    for tier in (*TIERS, None):
+        suffix = f"/{tier}" if tier else ""
+        if f"eval/sampled_accuracy{suffix}" not in before:
+            continue
+        cells = []
+        for kind in ("sampled", "greedy"):
+            values = [
+                (r[f"eval/{kind}_accuracy{suffix}"], r[f"eval/{kind}_accuracy_ci95{suffix}"])
+                for r in (before, after)
+            ]
+            cells += [f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in values]
+            cells.append(f"{100 * (values[1][0] - values[0][0]):+.1f}")
+        table.add_row(tier or "all", *cells, style=None if tier else "bold")
+    return table
+
+
+def three_games(run: RunFolder, records: list[Record]) -> list[Record]:
+    """From the last step that has games: those of the highest, the middle and the lowest value."""
+    for record in reversed(records):
+        answered = [game for game in run.games(record["step"]) if game["answers"]]
+        if answered:
+            answered.sort(key=lambda g: -sum(a["reward"] for a in g["answers"]))
+            places = sorted({0, len(answered) // 2, len(answered) - 1})
+            return [answered[i] for i in places]
+    return []

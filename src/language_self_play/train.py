@@ -1,0 +1,259 @@
+"""Algorithm 1 of "Language Self-Play For Data-Free Training": the only training loop there is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from language_self_play.advantages import challenger_advantages, solver_advantages
+from language_self_play.arena import tasks as arena
+from language_self_play.checkpoint import load_checkpoint, save_checkpoint
+from language_self_play.config import Config, as_list
+from language_self_play.data import load_queries, queries_of_step
+from language_self_play.errors import Paused
+from language_self_play.evaluate.accuracy import arena_accuracy
+from language_self_play.learner import Learner
+from language_self_play.metrics import Turn, game_records, step_record
+from language_self_play.players import (
+    ChallengerPrompt,
+    answer_queries,
+    pose_queries,
+    truncation_penalties,
+)
+from language_self_play.policy import Policy, choose_device, load_policy
+from language_self_play.progress import Progress, build_progress
+from language_self_play.prompts import challenger_prompt, rubric_text
+from language_self_play.randomness import choose, stream_key
+from language_self_play.rewards import RewardSum, build_reward
+from language_self_play.rewards.self_reward import QualityJudge, build_judge
+from language_self_play.run_folder import Record, RunFolder, free_run_folder
+from language_self_play.sampling import Sampler
+from language_self_play.sampling.transformers import TransformersSampler
+from language_self_play.stopwatch import Stopwatch
+from language_self_play.types import Posed
+
+
+def self_play(
+    config: Config,
+    run: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> RunFolder:
+    """Play `config.steps` steps of `config.algorithm` and return the run's folder.
+
+    `run` names the folder (default: a new one under runs/). With `resume` it goes on from that
+    folder's newest checkpoint, as if it had never stopped. `progress` watches (default: what
+    config.log.progress says).
+
+    Raises an LspError: ConfigError, ModelError, InputFileError and RewardError before weights are
+    loaded where that is possible, NonFiniteError for a NaN or infinity, and Paused, after a
+    checkpoint, when SIGINT or SIGTERM asks it to stop.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    config = config.model_copy(update={"threads": torch.get_num_threads()})
+    folder = RunFolder(run if run is not None else free_run_folder(config.algorithm))
+    if not resume:
+        folder.refuse_if_used()
+    game = prepare(config)
+    if resume:
+        start = load_checkpoint(folder, game.policy, game.learner.optimizer)
+        folder.truncate(start)
+        folder.write_config(config)
+    else:
+        start = 0
+        folder.create(config)
+    folder.event("resumed" if resume else "started", step=start)
+    with stop_requests() as stop_requested, progress or build_progress(config, start) as watcher:
+        play(game, folder, start, watcher, stop_requested)
+    return folder
+
+
+def play(
+    game: Game,
+    run: RunFolder,
+    start: int,
+    progress: Progress,
+    stop_requested: Callable[[], bool],
+) -> None:
+    """The loop: step s samples with weights version s, and learns version s + 1 from it."""
+    config, policy, sampler, learner = game.config, game.policy, game.sampler, game.learner
+    watch = Stopwatch()
+    sync = watch.timed("sync", game.sync)
+    pose = watch.timed("sample_challenger", game.pose)
+    answer = watch.timed("sample_solver", answer_queries)
+    reward = watch.timed("reward", game.reward)
+    self_reward = watch.timed("quality", game.self_reward)
+    learn = watch.timed("learn", learner.step)
+    evaluate = watch.timed("eval", game.evaluate)
+    save = watch.timed("checkpoint", save_checkpoint)
+
+    for step in range(start, config.steps):
+        sync(step)  # on-policy: the sampler holds θ_step
+        evaluation = evaluate() if step % config.eval.every == 0 else {}
+        posed = pose(step)  # q_i ~ π_θ(· | challenger prompt); None in GRPO
+        queries = posed.queries if posed else game.queries_of_step(step)
+        solved = answer(sampler, queries, config.solver)  # a_ij ~ π_θ(· | q_i)
+        R = reward(queries, solved.answers)  # (N, G)
+        R_Q = self_reward(queries, solved.answers)  # (N, G), zeros in LSP-Zero and GRPO
+        penalty = truncation_penalties(solved, config.solver)  # (N, G), zeros by default
+        solved.advantages = solver_advantages(R - penalty, R_Q)  # centred R + R_Q
+        if posed:
+            posed.advantages = challenger_advantages(R, R_Q, posed.valid)  # centred V_Q - V
+        result = learn(solved, posed, config.challenger.alpha)  # L_Sol + α_Ch · L_Ch, one step
+        turn = Turn(step, queries, posed, solved, R, R_Q, game.unparsable_fraction, result)
+        stopping = stop_requested() and step + 1 < config.steps
+        if stopping or (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
+            save(run, policy, learner.optimizer, step + 1, config.checkpoint.keep_last)
+        games = game_records(turn, game.describe)
+        record = step_record(turn, watch.lap(), policy.device, game.describe) | evaluation
+        run.record(record, games)
+        progress.step(record, games)
+        if stopping:
+            run.event("paused", step=step + 1)
+            raise Paused(f"paused after step {step}; go on with: lsp train --resume {run.folder}")
+
+    sync(config.steps)
+    if evaluation := evaluate():
+        run.record({"step": config.steps, **evaluation}, [])
+        progress.step({"step": config.steps, **evaluation}, [])
+    policy.save(run.model_folder)
+    run.event("finished", step=config.steps)
+
+
+@dataclass
+class Game:
+    """What a run is played with."""
+
+    config: Config
+    policy: Policy
+    sampler: Sampler
+    learner: Learner
+    reward: RewardSum
+    judge: QualityJudge | None
+    queries: list[str]
+
+    @property
+    def in_arena(self) -> bool:
+        """Whether queries are the arena's: then held-out ones are known, and unsolvable ones."""
+        return any(section.kind == "arena" for section in self.config.reward.values())
+
+    @property
+    def describe(self) -> Callable[[str], Record] | None:
+        return arena.describe if self.in_arena else None
+
+    def sync(self, step: int) -> None:
+        """From here on draws are those of `step`, from the policy's current weights."""
+        self.sampler.sync(self.policy.model, step)
+        if self.judge is not None:
+            self.judge.sampler.sync(self.policy.reference, step)
+
+    def pose(self, step: int) -> Posed | None:
+        """The Challenger's turn; None in GRPO, which has none."""
+        if self.config.algorithm == "grpo":
+            return None
+        return pose_queries(
+            self.sampler,
+            challenger_prompt_of_step(self.config, step),
+            self.config.challenger,
+            self.config.solver.system_prompt,
+            arena.is_held_out_query if self.in_arena else lambda query: False,
+        )
+
+    def queries_of_step(self, step: int) -> list[str]:
+        """GRPO's queries, from the file."""
+        config = self.config
+        return queries_of_step(self.queries, step, config.challenger.num_queries, config.seed)
+
+    def self_reward(self, queries: list[str], answers: list[list[str]]) -> Tensor:
+        """R_Q, (N, G): the judge's in LSP, zeros otherwise."""
+        if self.judge is None:
+            return torch.zeros(len(queries), len(answers[0]) if answers else 0)
+        return self.judge(queries, answers)
+
+    @property
+    def unparsable_fraction(self) -> float | None:
+        """Share of the judge's replies without a score in the last call; None without a judge."""
+        return None if self.judge is None else self.judge.unparsable_fraction
+
+    def evaluate(self) -> Record:
+        """The metrics of config.eval.tasks for the current weights."""
+        if "arena" not in self.config.eval.tasks:
+            return {}
+        tokens_at_once = self.config.learner.tokens_per_micro_batch
+        system_prompt = self.config.solver.system_prompt
+        return arena_accuracy(
+            self.policy.model, self.policy.chat, tokens_at_once, system_prompt
+        ).metrics()
+
+
+def prepare(config: Config) -> Game:
+    """Check everything that needs no weights, then load them."""
+    device, reward, queries = check_without_weights(config)
+    warn_of_bias(config)
+    policy = load_policy(config.policy, device, with_reference=config.needs_reference)
+    sampler = TransformersSampler(policy.model, policy.chat, config.seed, config.rollout.batch_size)
+    judge = build_judge(config, policy) if config.algorithm == "lsp" else None
+    return Game(config, policy, sampler, Learner(policy, config), reward, judge, queries)
+
+
+def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list[str]]:
+    """Device, reward and GRPO's queries: whatever can be wrong with them is found here."""
+    device = choose_device(config.device)
+    reward = build_reward(config)
+    challenger_prompt_of_step(config, 0)
+    if config.algorithm == "lsp":
+        rubric_text(config.self_reward.rubric)
+    return device, reward, load_queries(config.data) if config.algorithm == "grpo" else []
+
+
+def challenger_prompt_of_step(config: Config, step: int) -> ChallengerPrompt:
+    """The step's prompt; of several (task, template) pairs one is drawn for the whole step."""
+    section = config.challenger
+    pairs = list(zip(as_list(section.task), as_list(section.template), strict=True))
+    task, template = pairs[choose(stream_key(config.seed, step, "task"), len(pairs))]
+    return ChallengerPrompt(challenger_prompt(section.prompt, task, template), task, template)
+
+
+def warn_of_bias(config: Config) -> None:
+    """Say once that a truncated sampling distribution is not the one whose gradient is taken."""
+    for role in ("challenger", "solver"):
+        section = getattr(config, role)
+        if section.top_p < 1 or section.top_k > 0:
+            warnings.warn(
+                f"{role}.top_p = {section.top_p} and {role}.top_k = {section.top_k} cut the"
+                " distribution that is sampled from, so the gradient is biased;"
+                " top_p = 1 and top_k = 0 are exact",
+                stacklevel=2,
+            )
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has asked to stop after this step; a second one stops at once."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested.is_set  # Only the main thread receives signals.
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(signum: int, frame: object) -> None:
+        requested.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield requested.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
