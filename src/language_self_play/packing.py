@@ -40,7 +40,7 @@ class _Slice(NamedTuple):
     prompt: list[int]
     completions: list[list[int]]
     advantages: list[float]
-    index: list[int]
+    places: list[int]
 
     @property
     def longest(self) -> int:
@@ -88,8 +88,8 @@ def _slices(groups: Groups, budget: int) -> Iterator[_Slice]:
         longest = max(len(tokens) for tokens, _, _ in kept)
         rows = max(1, (budget - len(group.prompt)) // longest)
         for first in range(0, len(kept), rows):
-            tokens, slice_advantages, index = zip(*kept[first : first + rows], strict=True)
-            yield _Slice(group.prompt, list(tokens), list(slice_advantages), list(index))
+            tokens, slice_advantages, places = zip(*kept[first : first + rows], strict=True)
+            yield _Slice(group.prompt, list(tokens), list(slice_advantages), list(places))
 
 
 def _num_tokens(slices: list[_Slice]) -> int:
@@ -112,7 +112,7 @@ def _collate(slices: list[_Slice], pad_id: int, device: torch.device) -> MicroBa
         completions.view(B, K, longest),
         mask.view(B, K, longest),
         torch.tensor([s.advantages for s in slices], device=device),
-        torch.tensor([s.index for s in slices]),
+        torch.tensor([s.places for s in slices]),
     )
 
 

@@ -178,8 +178,8 @@ def weights_hash(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _bytes(weight: Tensor) -> memoryview:
-    return memoryview(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+def _bytes(weight: Tensor) -> bytes:
+    return weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _eos_ids(path: str, tokenizer: Any) -> list[int]:

@@ -48,13 +48,13 @@ class RunFolder:
 
     def create(self, config: Config) -> None:
         """Make the folder and write its config.toml. Raises RunFolderError."""
-        with _sentences(self.folder):
+        with _Sentences(self.folder):
             self.games_folder.mkdir(parents=True, exist_ok=True)
             self.checkpoints_folder.mkdir(exist_ok=True)
         self.write_config(config)
 
     def write_config(self, config: Config) -> None:
-        with _sentences(self.folder):
+        with _Sentences(self.folder):
             replace_text(self.config_file, config.to_toml())
 
     def config(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class RunFolder:
     def write_games(self, step: int, games: list[Record]) -> None:
         if games:
             lines = "".join(_json_line(game) for game in games)
-            with _sentences(self.folder):
+            with _Sentences(self.folder):
                 replace_text(self.games_folder / f"step-{step:06d}.jsonl", lines)
 
     def event(self, kind: str, **details: Any) -> None:
@@ -114,18 +114,18 @@ class RunFolder:
     def truncate(self, step: int) -> None:
         """Drop the records and games of `step` and later, as if the run had just reached it."""
         kept = [_json_line(r) for r in self.metrics() if r["step"] < step]
-        with _sentences(self.folder):
+        with _Sentences(self.folder):
             replace_text(self.metrics_file, "".join(kept))
             for file in self.games_folder.glob("step-*.jsonl"):
                 if int(file.stem.removeprefix("step-")) >= step:
                     file.unlink()
 
     def _append(self, file: Path, record: Record) -> None:
-        with _sentences(self.folder), file.open("a", encoding="utf-8") as stream:
+        with _Sentences(self.folder), file.open("a", encoding="utf-8") as stream:
             stream.write(_json_line(record))
 
 
-class _sentences:
+class _Sentences:
     """Turns an OSError of the file system into one sentence."""
 
     def __init__(self, folder: Path):

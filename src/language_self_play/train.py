@@ -154,7 +154,7 @@ class Game:
         """From here on draws are those of `step`, from the policy's current weights."""
         self.sampler.sync(self.policy.model, step)
         if self.judge is not None:
-            self.judge.sampler.sync(self.policy.reference, step)
+            self.judge.sampler.step = step
 
     def pose(self, step: int) -> Posed | None:
         """The Challenger's turn; None in GRPO, which has none."""

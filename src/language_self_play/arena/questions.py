@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import string
 
@@ -11,6 +12,7 @@ from language_self_play.arena.tasks import (
     TASKS,
     TIERS,
     Problem,
+    Unsolvable,
     held_out_spaces,
     is_held_out,
     parse,
@@ -19,6 +21,9 @@ from language_self_play.arena.tasks import (
 # Humans mostly ask easy questions, and now and then one that nobody can answer.
 HUMAN_TIER_WEIGHTS = (0.60, 0.30, 0.10)
 HUMAN_FLAWED_SHARE = 0.06
+
+NUM_HUMAN_QUERIES = 1_000
+HUMAN_SEED = 2_025
 
 HELD_OUT_PER_TIER = 300
 HELD_OUT_SEED = 20_250_909
@@ -114,10 +119,24 @@ def _draw_number(rng: random.Random, digits: int) -> int:
 
 
 def _unless_solvable(rng: random.Random, query: str) -> str:
-    from language_self_play.arena.tasks import Unsolvable
-
     try:
         parse(query)
     except Unsolvable:
         return query
     return draw_flawed_query(rng)
+
+
+def human_queries() -> list[str]:
+    """NUM_HUMAN_QUERIES different solvable queries of the human distribution, for GRPO."""
+    rng = random.Random(HUMAN_SEED)
+    chosen: dict[str, None] = {}
+    while len(chosen) < NUM_HUMAN_QUERIES:
+        tier = rng.choices(TIERS, HUMAN_TIER_WEIGHTS)[0]
+        chosen.setdefault(draw_learnable_query(rng, tier))
+    return list(chosen)
+
+
+if __name__ == "__main__":
+    # python -m language_self_play.arena.questions > human_queries.jsonl
+    for human_query in human_queries():
+        print(json.dumps({"prompt": human_query}))

@@ -23,6 +23,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from math import comb
+from typing import Any
 
 TIERS = ("easy", "medium", "hard")
 TASKS = ("add", "subtract", "sum", "multiply", "reverse", "sort")
@@ -53,7 +54,7 @@ class Problem:
 
     task: str
     tier: str
-    operands: tuple[int, ...] | tuple[str]
+    operands: tuple[Any, ...]
 
     @property
     def answer(self) -> str:

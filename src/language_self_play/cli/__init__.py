@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from language_self_play import __version__
 from language_self_play.errors import ConfigError, LspError
@@ -28,9 +28,10 @@ INTERNAL_ERROR, INTERRUPTED = 1, 130
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one sentence, raised as ConfigError."""
 
-    def __init__(self, *args: object, **kwargs: object):
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, **kwargs: Any):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (`{self.prog} --help` shows how it is used)")
