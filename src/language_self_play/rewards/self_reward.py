@@ -34,14 +34,20 @@ class QualityJudge:
         self.sampler = sampler
         self.settings = settings
         self.tokens_at_once = tokens_at_once
-        self.unparsable_fraction = 0.0  # of the last call's replies, in mode generate
+        self.unparsable_fraction = 0.0
         self.rubric = rubric_text(settings.rubric)
         if settings.mode == "criteria":
             self.criteria = rubric_criteria(self.rubric)
-            self.choices = [[_first_token(sampler.chat, w) for w in ("no", "yes")]]
-            self.choices += [[_first_token(sampler.chat, w) for w in ("No", "Yes")]]
+            self.no_yes = _next_tokens(sampler.chat, "", ["no", "yes", "No", "Yes"])
         elif settings.mode == "expected":
-            self.digits = [_first_token(sampler.chat, str(s)) for s in range(MAX_SCORE + 1)]
+            digits = [str(s) for s in range(MAX_SCORE + 1)]
+            self.digits = _next_tokens(sampler.chat, SCORE_PREFIX, digits)
+        length = len(self._prompts([("", "")])[0])
+        if length >= sampler.context_length:
+            raise ConfigError(
+                f"self_reward.rubric: takes {length} tokens, and the model's context has only"
+                f" {sampler.context_length}; use a shorter rubric"
+            )
 
     def __call__(self, queries: list[str], answers: list[list[str]]) -> Tensor:
         """weight · R_Q of G answers to each of N queries, shape (N, G). Paper, Box 3."""
@@ -54,39 +60,51 @@ class QualityJudge:
         return self.settings.weight * rewards_NG
 
     def score(self, pairs: list[tuple[str, str]]) -> list[float]:
-        """The score, 0 to 7, of each (query, answer) pair."""
+        """The score, 0 to 7, of each (query, answer) pair; without one, the others' mean."""
         match self.settings.mode:
             case "generate":
-                return self._generate(pairs)
+                scores = self._generate(pairs)
             case "expected":
-                return self._expected(pairs)
+                scores = self._expected(pairs)
             case "criteria":
-                return self._criteria(pairs)
-
-    def _generate(self, pairs: list[tuple[str, str]]) -> list[float]:
-        prompts = self._prompts(pairs)
-        settings = Sampling(temperature=self.settings.temperature)
-        groups = self.sampler.sample(prompts, 1, "judge", settings, self.settings.max_tokens)
-        scores = [parse_score(group.completions[0].text) for group in groups]
+                scores = self._criteria(pairs)
         known = [s for s in scores if s is not None]
         mean = sum(known) / len(known) if known else 0.0
         self.unparsable_fraction = 1 - len(known) / len(scores)
-        return [mean if s is None else float(s) for s in scores]
+        return [mean if s is None else s for s in scores]
 
-    def _expected(self, pairs: list[tuple[str, str]]) -> list[float]:
-        probabilities = self._next_token(self._prompts(pairs, SCORE_PREFIX), self.digits)
-        return (probabilities @ torch.arange(MAX_SCORE + 1.0)).tolist()
+    def _generate(self, pairs: list[tuple[str, str]]) -> list[float | None]:
+        prompts = self._prompts(pairs)
+        fitting = [i for i, prompt in enumerate(prompts) if self._fits(prompt)]
+        groups = self.sampler.sample(
+            [prompts[i] for i in fitting],
+            1,
+            "judge",
+            Sampling(temperature=self.settings.temperature),
+            self.settings.max_tokens,
+        )
+        scores: list[float | None] = [None] * len(pairs)
+        for i, group in zip(fitting, groups, strict=True):
+            scores[i] = parse_score(group.completions[0].text)
+        return scores
 
-    def _criteria(self, pairs: list[tuple[str, str]]) -> list[float]:
+    def _expected(self, pairs: list[tuple[str, str]]) -> list[float | None]:
+        rows = self._next_token(self._prompts(pairs, SCORE_PREFIX), self.digits)
+        return [None if row is None else sum(s * p for s, p in enumerate(row)) for row in rows]
+
+    def _criteria(self, pairs: list[tuple[str, str]]) -> list[float | None]:
         prompts = [
             self.sampler.chat.encode(criterion_prompt(criterion, query, answer))
             for query, answer in pairs
             for criterion in self.criteria
         ]
-        flat = [token for pair in self.choices for token in pair]
-        probabilities = self._next_token(prompts, flat)
-        yes = probabilities[:, 1::2].sum(-1)
-        return yes.view(len(pairs), MAX_SCORE).sum(-1).tolist()
+        rows = self._next_token(prompts, self.no_yes)
+        yes = [None if row is None else sum(row[1::2]) for row in rows]
+        by_pair = [yes[i : i + MAX_SCORE] for i in range(0, len(yes), MAX_SCORE)]
+        return [
+            None if None in scores else sum(s for s in scores if s is not None)
+            for scores in by_pair
+        ]
 
     def _prompts(self, pairs: list[tuple[str, str]], prefill: str = "") -> list[list[int]]:
         return [
@@ -94,12 +112,19 @@ class QualityJudge:
             for q, a in pairs
         ]
 
+    def _fits(self, prompt: list[int]) -> bool:
+        return len(prompt) < self.sampler.context_length
+
     @torch.inference_mode()
-    def _next_token(self, prompts: list[list[int]], choices: list[int]) -> Tensor:
-        """Probabilities of `choices` as the next token, renormalised over them."""
+    def _next_token(self, prompts: list[list[int]], choices: list[int]) -> list[list[float] | None]:
+        """Probabilities of `choices` as the next token, renormalised over them.
+
+        None for a prompt that the model's context does not hold.
+        """
         model, chat = self.sampler.model, self.sampler.chat
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        result = torch.empty(len(prompts), len(choices))
+        fitting = [i for i, prompt in enumerate(prompts) if self._fits(prompt)]
+        order = sorted(fitting, key=lambda i: len(prompts[i]))
+        result: list[list[float] | None] = [None] * len(prompts)
         start = 0
         while start < len(order):
             # Sorted by length: the last row of a batch is its longest.
@@ -116,7 +141,9 @@ class QualityJudge:
                 position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
                 logits_to_keep=1,
             ).logits[:, -1]
-            result[rows] = logits[:, choices].float().softmax(-1).cpu()
+            probabilities = logits[:, choices].float().softmax(-1).tolist()
+            for i, row in zip(rows, probabilities, strict=True):
+                result[i] = row
             start = end
         return result
 
@@ -130,10 +157,20 @@ def build_judge(config: Config, policy: Policy) -> QualityJudge:
     return QualityJudge(sampler, config.self_reward, config.learner.tokens_per_micro_batch)
 
 
-def _first_token(chat: Chat, word: str) -> int:
-    tokens = chat.encode_reply(word)
-    if not tokens:
+def _next_tokens(chat: Chat, prefill: str, words: list[str]) -> list[int]:
+    """The token with which each word goes on after `prefill`, as the assistant would write it.
+
+    Raises ConfigError if the tokenizer does not tell the words apart by their first tokens.
+    """
+    before = chat.encode("a query", prefill=prefill)
+    tokens = []
+    for word in words:
+        whole = chat.encode("a query", prefill=prefill + word)
+        if whole[: len(before)] == before and len(whole) > len(before):
+            tokens.append(whole[len(before)])
+    if len(set(tokens)) < len(words):
         raise ConfigError(
-            f'self_reward.mode: the tokenizer has no token for {word!r}; use mode = "generate"'
+            f"self_reward.mode: the tokenizer has no token of its own for each of {words} after"
+            f' {prefill!r}; use mode = "generate"'
         )
-    return tokens[0]
+    return tokens
