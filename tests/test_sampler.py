@@ -1,0 +1,324 @@
+"""The in-process sampler: what it draws, where it stops, and that its log-probs are the trainer's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from language_self_play.config import Sampling
+from language_self_play.errors import NonFiniteError
+from language_self_play.forward import completion_logprobs
+from language_self_play.packing import micro_batches
+from language_self_play.policy import Chat
+from language_self_play.sampling.transformers import TransformersSampler
+from language_self_play.types import Group, Groups
+
+LOGPROB_TOLERANCE = 1e-5
+PROMPTS = [[1, 20, 21, 2], [1, 30, 31, 32, 33, 34, 35, 36, 2], [1, 2], [1, 40, 41, 42, 43, 2]]
+
+
+def sample(
+    model: Any,
+    chat: Chat,
+    prompts: list[list[int]] = PROMPTS,
+    n: int = 3,
+    max_tokens: int = 12,
+    *,
+    batch_size: int = 64,
+    seed: int = 0,
+    step: int = 0,
+    role: str = "solver",
+    **settings: float,
+) -> list[Group]:
+    sampler = TransformersSampler(model, chat, seed, batch_size)
+    sampler.sync(model, step)
+    return sampler.sample(prompts, n, role, Sampling(**settings), max_tokens)
+
+
+def tokens_of(groups: list[Group]) -> list[list[list[int]]]:
+    return [[c.tokens for c in g.completions] for g in groups]
+
+
+def logprobs_of(groups: list[Group]) -> Tensor:
+    return torch.tensor([p for g in groups for c in g.completions for p in c.logprobs])
+
+
+def trainer_logprobs(model: Any, groups: list[Group], temperature: float) -> Tensor:
+    """The trainer's log-probs of the same tokens, in the same order."""
+    size = len(groups), len(groups[0].completions)
+    solved = Groups("solver", groups, temperature, torch.zeros(size))
+    [batch] = micro_batches(solved, 1_000_000, 0, model.device)
+    with torch.no_grad():
+        logprobs = completion_logprobs(model, batch, temperature).flatten(0, 1)
+    mask, order = batch.mask_BKT.flatten(0, 1), batch.index_BK.flatten().argsort()
+    return torch.cat([logprobs[row][mask[row]] for row in order])
+
+
+def test_the_samplers_logprobs_are_the_trainers(any_model: Any, chat: Chat):
+    groups = sample(any_model, chat, temperature=0.8)
+    logprobs = logprobs_of(groups)
+    assert logprobs.std() > 0.3
+    assert_close(
+        logprobs, trainer_logprobs(any_model, groups, 0.8), rtol=0, atol=LOGPROB_TOLERANCE
+    )
+
+
+def test_the_samplers_logprobs_are_the_trainers_though_top_p_and_top_k_cut(
+    tiny_llama: Any, chat: Chat
+):
+    groups = sample(tiny_llama, chat, top_p=0.5, top_k=5)
+    expected = trainer_logprobs(tiny_llama, groups, 1.0)
+    assert_close(logprobs_of(groups), expected, rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["stories260K", "tinychat-626k"])
+def test_the_samplers_logprobs_are_the_trainers_with_pretrained_weights(test_data: Path, name: str):
+    import transformers
+
+    folder = test_data / "models" / name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    eos = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+    chat = Chat(tokenizer, eos if isinstance(eos, list) else [eos], {})
+    prompts = [tokenizer.encode(text) for text in ("Once upon a time, there was", "Lily and Tom")]
+    groups = sample(model, chat, prompts, max_tokens=40, temperature=0.8)
+    expected = trainer_logprobs(model, groups, 0.8)
+    assert_close(logprobs_of(groups), expected, rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+# n = 3: batches of part of a group, of one group, of several.
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 6])
+def test_the_batch_size_changes_nothing_that_is_sampled(
+    any_model: Any, chat: Chat, batch_size: int
+):
+    together = sample(any_model, chat)
+    apart = sample(any_model, chat, batch_size=batch_size)
+    assert [g.prompt for g in apart] == PROMPTS
+    assert tokens_of(apart) == tokens_of(together)
+    assert_close(logprobs_of(apart), logprobs_of(together), rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+def test_a_groups_completions_do_not_depend_on_the_other_prompts(tiny_llama: Any, chat: Chat):
+    before = tokens_of(sample(tiny_llama, chat, [[1, 20, 2], [1, 30, 2], [1, 40, 2]]))
+    # Now the second prompt is first, or last, in a batch sorted by length.
+    for others in ([1, 50, 51, 52, 53, 54, 2], [2]):
+        after = tokens_of(sample(tiny_llama, chat, [others, [1, 30, 2], others]))
+        assert after[1] == before[1]
+        assert after[0] != before[0]
+
+
+def test_the_first_completions_do_not_depend_on_how_many_there_are(tiny_llama: Any, chat: Chat):
+    few, many = tokens_of(sample(tiny_llama, chat, n=2)), tokens_of(sample(tiny_llama, chat, n=5))
+    assert [group[:2] for group in many] == few
+
+
+def test_completions_differ_by_prompt_place_completion_step_role_and_seed(
+    tiny_llama: Any, endless_chat: Chat
+):
+    prompts = [[1, 20, 2]] * 2
+    drawn = [
+        tuple(tokens)
+        for seed in (0, 1)
+        for step in (0, 1)
+        for role in ("challenger", "solver")
+        for group in tokens_of(
+            sample(tiny_llama, endless_chat, prompts, seed=seed, step=step, role=role)
+        )
+        for tokens in group
+    ]
+    assert len(set(drawn)) == len(drawn) == 2 * 2 * 2 * 2 * 3
+
+
+def test_a_step_draws_the_same_again(tiny_llama: Any, chat: Chat):
+    sampler = TransformersSampler(tiny_llama, chat, 0, 64)
+    drawn = []
+    for step in (3, 4, 3):
+        sampler.sync(tiny_llama, step)
+        drawn.append(sampler.sample(PROMPTS, 2, "solver", Sampling(), 8))
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_any_stop_token_ends_a_completion_and_stays_out_of_its_text(
+    make_markov_model: Callable[..., Any], tokenizer: Any
+):
+    following = {"a": 0.5, "<|end|>": 0.2, "!": 0.2, "b": 0.1}
+    model = make_markov_model({"<|assistant|>": following, "a": following, "b": following})
+    end, mark = tokenizer.convert_tokens_to_ids(["<|end|>", "!"])
+    [group] = sample(model, Chat(tokenizer, [end, mark], {}), [[1, 2]], n=50, max_tokens=60)
+    for completion in group.completions:
+        assert completion.tokens[-1] in (end, mark)
+        assert not {end, mark} & set(completion.tokens[:-1])
+        assert completion.finish_reason == "stop"
+        assert len(completion.text) == len(completion.tokens) - 1
+        assert set(completion.text) <= {"a", "b"}
+        assert len(completion.logprobs) == len(completion.tokens)
+    assert {c.tokens[-1] for c in group.completions} == {end, mark}
+
+
+def test_a_token_that_is_no_stop_token_of_the_chat_does_not_end_a_completion(
+    make_markov_model: Callable[..., Any], tokenizer: Any
+):
+    model = make_markov_model({"<|assistant|>": {"!": 1.0}, "!": {"?": 1.0}})
+    chat = Chat(tokenizer, [tokenizer.eos_token_id], {})
+    [group] = sample(model, chat, [[1, 2]], n=1)
+    assert group.completions[0].text == "!?"
+
+
+def test_logprobs_are_of_the_sampled_tokens(
+    make_markov_model: Callable[..., Any], chat: Chat, tokenizer: Any
+):
+    model = make_markov_model(
+        {"<|assistant|>": {"a": 0.8, "b": 0.2}, "a": {"<|end|>": 0.5, "c": 0.5}}
+    )
+    [group] = sample(model, chat, [[1, 2]], n=40)
+    # log 0.8, log 0.5, log 0.2; the other transitions are certain.
+    expected = {
+        "a": [-0.223144, -0.693147],
+        "ac": [-0.223144, -0.693147, 0.0],
+        "b": [-1.609438, 0.0],
+    }
+    for completion in group.completions:
+        wanted = torch.tensor(expected[completion.text])
+        assert_close(torch.tensor(completion.logprobs), wanted, rtol=1e-4, atol=1e-5)
+    assert {c.text for c in group.completions} == set(expected)
+
+
+def test_prompts_are_computed_once_and_completions_that_ended_leave_the_batch(
+    make_markov_model: Callable[..., Any], chat: Chat
+):
+    following = {"a": 0.6, "<|end|>": 0.4}
+    model = make_markov_model({"<|assistant|>": following, "a": following})
+    shapes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    groups = sample(model, chat, [[1, 2], [1, 9, 9, 2]], n=10, max_tokens=50)
+    lengths = torch.tensor([len(c.tokens) for g in groups for c in g.completions])
+    longest = int(lengths.max())
+    # The prefill of two prompts; then the token at place t goes in for those that are longer.
+    going_on = [(int((lengths > t).sum()), 1) for t in range(1, longest)]
+    assert shapes == [(2, 4), *going_on]
+    assert going_on[0][0] > going_on[-1][0]
+
+
+def test_max_tokens_cuts_completions_off(tiny_llama: Any, endless_chat: Chat):
+    for limit in (1, 7):
+        for group in sample(tiny_llama, endless_chat, max_tokens=limit):
+            for completion in group.completions:
+                assert len(completion.tokens) == len(completion.logprobs) == limit
+                assert completion.finish_reason == "length"
+
+
+def test_a_shorter_limit_gives_the_beginning_of_the_same_completion(
+    tiny_llama: Any, endless_chat: Chat
+):
+    short = tokens_of(sample(tiny_llama, endless_chat, max_tokens=4))
+    long = tokens_of(sample(tiny_llama, endless_chat, max_tokens=9))
+    assert [[tokens[:4] for tokens in group] for group in long] == short
+
+
+def test_a_stop_token_in_the_last_place_counts_as_a_stop(
+    make_markov_model: Callable[..., Any], chat: Chat
+):
+    model = make_markov_model({"<|assistant|>": {"a": 1.0}, "a": {"b": 1.0}})
+    limits = {
+        2: ("ab", "length"),
+        3: ("ab", "stop"),  # the stop token is the third
+    }
+    for limit, expected in limits.items():
+        [group] = sample(model, chat, [[1, 2]], n=1, max_tokens=limit)
+        [completion] = group.completions
+        assert (completion.text, completion.finish_reason) == expected
+
+
+def test_a_completion_ends_where_the_context_ends(
+    make_model: Callable[..., Any], endless_chat: Chat
+):
+    model = make_model("gpt2", context=12)
+    [group] = sample(model, endless_chat, [[1, 20, 21, 22, 2]], max_tokens=50)
+    # 12 - 5 places are left.
+    assert [len(c.tokens) for c in group.completions] == [7, 7, 7]
+    assert all(c.finish_reason == "length" for c in group.completions)
+
+
+def test_where_the_context_ends_for_a_completion_depends_on_its_own_prompt_only(
+    make_model: Callable[..., Any], endless_chat: Chat
+):
+    model = make_model("gpt2", context=12)
+    prompts = [[1, 20, 21, 22, 2], [1, 30, 31, 32, 33, 34, 35, 36, 2]]
+    # 12 - 5 and 12 - 9 places are left, in whatever batch.
+    for batch_size in (1, 64):
+        groups = sample(model, endless_chat, prompts, n=2, max_tokens=50, batch_size=batch_size)
+        assert [[len(t) for t in group] for group in tokens_of(groups)] == [[7, 7], [3, 3]]
+
+
+def test_a_low_temperature_is_greedy_decoding(any_model: Any, endless_chat: Chat):
+    groups = sample(any_model, endless_chat, max_tokens=8, temperature=1e-4)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        sequence = list(prompt)
+        for _ in range(8):
+            with torch.no_grad():
+                ids = torch.tensor([sequence])
+                logits = any_model(ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
+            sequence.append(int(logits.argmax()))
+        assert [c.tokens for c in group.completions] == [sequence[len(prompt) :]] * 3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_first_tokens_are_distributed_as_the_models_softmax(
+    tiny_llama: Any, chat: Chat, temperature: float
+):
+    count = 20_000
+    [group] = sample(
+        tiny_llama, chat, [PROMPTS[0]], n=count, max_tokens=1, batch_size=count, temperature=temperature
+    )
+    drawn = torch.tensor([c.tokens[0] for c in group.completions])
+    with torch.no_grad():
+        logits = tiny_llama(torch.tensor([PROMPTS[0]])).logits[0, -1]
+    expected = count * (logits / temperature).softmax(-1)
+    counts = torch.bincount(drawn, minlength=len(expected))
+    often = expected >= 5
+    assert often.sum() > 20
+    chi_square = ((counts - expected).square() / expected)[often].sum()
+    # Mean d, standard deviation √(2d), for d tokens.
+    degrees = int(often.sum())
+    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5
+    rare = ~often
+    assert abs(counts[rare].sum() - expected[rare].sum()) < 5 * expected[rare].sum().sqrt() + 5
+
+
+def test_completions_of_a_group_are_drawn_independently(
+    make_markov_model: Callable[..., Any], chat: Chat
+):
+    half = {"a": 0.5, "b": 0.5}
+    model = make_markov_model({"<|assistant|>": half, "a": half, "b": half})
+    [group] = sample(model, chat, [[1, 2]], n=4_000, max_tokens=2, batch_size=4_000)
+    counts = torch.tensor(
+        [[c.text for c in group.completions].count(text) for text in ("aa", "ab", "ba", "bb")]
+    )
+    # χ² with 3 degrees of freedom: above 16.3 once in a thousand.
+    assert ((counts - 1_000.0).square() / 1_000).sum() < 16.3
+
+
+def test_no_prompts_give_no_groups(tiny_llama: Any, chat: Chat):
+    assert sample(tiny_llama, chat, []) == []
+
+
+def test_damaged_weights_are_reported_with_the_step(tiny_llama: Any, chat: Chat):
+    with torch.no_grad():
+        tiny_llama.lm_head.weight[7] = torch.nan
+    with pytest.raises(NonFiniteError, match="step 5: .* not finite"):
+        sample(tiny_llama, chat, step=5)
+
+
+def test_a_model_without_a_stated_context_has_none_that_matters(tiny_llama: Any, chat: Chat):
+    assert TransformersSampler(tiny_llama, chat, 0, 1).context_length == 512
+    del tiny_llama.config.max_position_embeddings
+    assert TransformersSampler(tiny_llama, chat, 0, 1).context_length > 10**6

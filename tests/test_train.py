@@ -1,0 +1,244 @@
+"""The loop as a whole: on real models, interrupted, resumed, continued as a next stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from language_self_play import Config, self_play
+from language_self_play.config import load_recipe, merge
+from language_self_play.errors import ConfigError, ModelError, NonFiniteError, RunFolderError
+from language_self_play.run_folder import RunFolder
+
+SMALL = {
+    "steps": 4,
+    "threads": 1,
+    "challenger": {"num_queries": 6},
+    "solver": {"group_size": 3},
+    "eval": {"every": 2, "tasks": []},
+    "checkpoint": {"every": 2, "keep_last": 9},
+    "log": {"progress": "none"},
+}
+
+
+def small(recipe: str = "arena", **overrides) -> Config:
+    return Config.from_table(merge(merge(load_recipe(recipe), SMALL), overrides))
+
+
+def reproducible(record: dict) -> dict:
+    return {k: v for k, v in record.items() if not k.startswith(("time/", "memory/"))}
+
+
+def assert_same_run(one: RunFolder, other: RunFolder) -> None:
+    assert list(map(reproducible, one.metrics())) == list(map(reproducible, other.metrics()))
+    files = sorted(f.name for f in one.games_folder.iterdir())
+    assert files == sorted(f.name for f in other.games_folder.iterdir())
+    for name in files:
+        assert (one.games_folder / name).read_bytes() == (other.games_folder / name).read_bytes()
+    weights = "model.safetensors"
+    assert (one.model_folder / weights).read_bytes() == (other.model_folder / weights).read_bytes()
+
+
+@pytest.mark.parametrize("recipe", ["arena", "arena-zero", "arena-grpo"])
+def test_every_algorithm_plays_and_records(recipe, tmp_path):
+    run = self_play(small(recipe, eval={"tasks": ["arena"]}), tmp_path / "run")
+    records = list(run.metrics())
+    assert [r["step"] for r in records] == [0, 1, 2, 3, 4]
+    assert [r["step"] for r in records if "eval/sampled_accuracy" in r] == [0, 2, 4]
+    assert set(records[-1]) == {"step", *(k for k in records[-1] if k.startswith("eval/"))}
+    assert ("quality/mean" in records[0]) == (recipe == "arena")
+    assert ("queries/valid_fraction" in records[0]) == (recipe != "arena-grpo")
+    assert records[0]["kl/solver"] == pytest.approx(0.0, abs=1e-6)  # version 0 is the reference
+    assert records[3]["kl/solver"] > 0
+    answered = [g for g in run.games(0) if g["valid"]]
+    assert len(run.games(0)) == 6
+    for game in answered:
+        # A_Sol = (R + R_Q) - mean_G(R + R_Q).
+        totals = [a["reward"] + a["quality"] for a in game["answers"]]
+        assert len(totals) == 3
+        for answer, total in zip(game["answers"], totals, strict=True):
+            assert answer["advantage"] == pytest.approx(total - sum(totals) / 3, abs=1e-5)
+        if recipe != "arena-grpo":
+            # r = V_Q - V.
+            value = sum(a["reward"] for a in game["answers"]) / 3
+            quality = sum(a["quality"] for a in game["answers"]) / 3
+            assert game["challenger_reward"] == pytest.approx(quality - value, abs=1e-5)
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path):
+    whole = self_play(small(), tmp_path / "whole")
+    part = self_play(small(steps=2), tmp_path / "part")
+    # As if it had been killed in the middle of step 3: a record and a game too many, half a line.
+    with part.metrics_file.open("a") as file:
+        file.write('{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    part.write_games(2, [{"query": "spoilt", "answers": []}])
+    resumed = self_play(part.resumed_config({"steps": 4}), tmp_path / "part", resume=True)
+    assert_same_run(whole, resumed)
+
+
+def test_the_next_stage_starts_from_a_saved_model_as_its_own_reference(tmp_path):
+    first = self_play(small("arena-grpo", steps=2, learner={"lr": 1e-3}), tmp_path / "grpo")
+    policy = {"path": str(first.model_folder)}
+    second = self_play(small(steps=2, policy=policy), tmp_path / "lsp")
+    assert next(second.metrics())["kl/solver"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_resume_refuses_a_changed_reference(tmp_path):
+    first = self_play(small("arena-grpo", steps=2, learner={"lr": 1e-3}), tmp_path / "first")
+    run = self_play(small(steps=2, policy={"path": str(first.model_folder)}), tmp_path / "run")
+    other = self_play(small("arena-grpo", steps=2, seed=1), tmp_path / "other")
+    weights = "model.safetensors"
+    (first.model_folder / weights).write_bytes((other.model_folder / weights).read_bytes())
+    with pytest.raises(RunFolderError, match="reference model has changed"):
+        self_play(run.resumed_config({"steps": 4}), run.folder, resume=True)
+
+
+def test_a_used_folder_is_refused_before_anything_is_loaded(tmp_path):
+    run = self_play(small(steps=1), tmp_path / "run")
+    before = run.metrics_file.read_bytes()
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        self_play(small(steps=1), tmp_path / "run")
+    assert run.metrics_file.read_bytes() == before
+
+
+def test_a_reward_that_is_not_finite_names_query_and_answer(tmp_path, monkeypatch):
+    (tmp_path / "bad_reward.py").write_text(
+        "def reward(queries, answers):\n    return [float('nan')] * len(queries)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    reward = {"answer": {"kind": "python", "function": "bad_reward:reward"}}
+    table = {**small().model_dump(), "reward": reward}
+    with pytest.raises(NonFiniteError, match=r"reward\.answer: returned nan for query"):
+        self_play(Config.from_table(table), tmp_path / "run")
+
+
+def test_truncated_sampling_warns_once_that_the_gradient_is_biased(tmp_path):
+    with pytest.warns(UserWarning, match=r"solver\.top_p = 0\.9 .* biased") as warned:
+        self_play(small(steps=2, solver={"top_p": 0.9}), tmp_path / "run")
+    assert len(warned) == 1
+
+
+def test_tinychat_plays_through_its_chat_template(test_data, tmp_path, monkeypatch):
+    (tmp_path / "length_reward.py").write_text(
+        "def reward(queries, answers):\n    return [len(a) / 20 for a in answers]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "prompt.txt").write_text("Ask me something")
+    (tmp_path / "rubric.txt").write_text("{query} {answer}")
+    table = {
+        **SMALL,
+        "policy": {"path": str(test_data / "models" / "tinychat-626k")},
+        "challenger": {"num_queries": 4, "max_tokens": 80, "prompt": str(tmp_path / "prompt.txt")},
+        "solver": {"group_size": 4, "max_tokens": 60},
+        "self_reward": {"rubric": str(tmp_path / "rubric.txt"), "max_tokens": 5},
+        "reward": {"length": {"kind": "python", "function": "length_reward:reward"}},
+        "learner": {"lr": 1e-3},
+    }
+    run = self_play(Config.from_table(table), tmp_path / "run")
+    records = list(run.metrics())
+    assert len(records) == 4
+    assert records[3]["kl/solver"] > 0
+    games = [g for g in run.games(0) if g["valid"]]
+    assert any(answer["finish_reason"] == "stop" for game in games for answer in game["answers"])
+    # The newline that ends a turn is a stop token, and no part of a text.
+    assert not any("\n" in answer["text"] for game in games for answer in game["answers"])
+
+
+def test_stories_without_a_chat_template_are_refused_with_what_to_do(test_data, tmp_path):
+    table = {
+        **SMALL,
+        "algorithm": "lsp-zero",
+        "policy": {"path": str(test_data / "models" / "stories260K")},
+        "reward": {"answer": {"kind": "arena"}},
+        "challenger": {"num_queries": 4, "max_tokens": 24},
+        "solver": {"group_size": 2, "max_tokens": 24},
+    }
+    with pytest.raises(ModelError, match=r"has no chat template.*policy\.chat_template a Jinja"):
+        self_play(Config.from_table(table), tmp_path / "refused")
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    table["policy"] = {**table["policy"], "chat_template": str(template)}
+    # The default challenger prompt takes more than this model's 512 tokens.
+    with pytest.raises(ConfigError, match=r"challenger\.prompt: takes \d+ tokens"):
+        self_play(Config.from_table(table), tmp_path / "too-long")
+    (tmp_path / "prompt.txt").write_text("Once upon a time")
+    table["challenger"] = {**table["challenger"], "prompt": str(tmp_path / "prompt.txt")}
+    run = self_play(Config.from_table(table), tmp_path / "run")
+    assert len(list(run.metrics())) == 4
+
+
+@pytest.mark.slow
+def test_python_users_need_five_lines(tmp_path):
+    program = (
+        "from language_self_play import Config, self_play\n"
+        "config = Config.from_recipe('arena', steps=2, threads=1)\n"
+        "run = self_play(config)\n"
+        "print(run.folder, len(list(run.metrics())))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert result.stdout.splitlines()[-1] == f"{Path('runs/lsp')} 3"
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "language_self_play", *arguments],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_steps(run: RunFolder, number: int, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while len(list(run.metrics())) < number:
+        assert time.monotonic() < deadline, "the run did not get going"
+        time.sleep(0.02)
+
+
+FLAGS = (
+    "--steps=8 --threads=1 --challenger.num_queries=6 --solver.group_size=3 --checkpoint.every=3"
+    " --eval.every=4"
+).split()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    process = start("train", "arena", "--run", "whole", *FLAGS, cwd=folder)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return RunFolder(folder / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_goes_on_to_the_same_end(how, uninterrupted, tmp_path):
+    process = start("train", "arena", "--run", "stopped", *FLAGS, cwd=tmp_path)
+    run = RunFolder(tmp_path / "stopped")
+    wait_for_steps(run, 4)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=120)
+    if how == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 75
+        assert "go on with: lsp train --resume stopped" in errors
+        assert "Traceback" not in errors
+    resumed = start("train", "--resume", "stopped", cwd=tmp_path)
+    _, errors = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, errors
+    assert_same_run(uninterrupted, run)
+    events = [json.loads(line)["event"] for line in run.events_file.read_text().splitlines()]
+    assert events[0] == "started"
+    assert events[-2:] == ["resumed", "finished"]
