@@ -318,7 +318,11 @@ def test_damaged_weights_are_reported_with_the_step(tiny_llama: Any, chat: Chat)
         sample(tiny_llama, chat, step=5)
 
 
-def test_a_model_without_a_stated_context_has_none_that_matters(tiny_llama: Any, chat: Chat):
+def test_the_context_is_the_models_or_one_that_no_completion_reaches(tiny_llama: Any, chat: Chat):
+    import transformers
+
     assert TransformersSampler(tiny_llama, chat, 0, 1).context_length == 512
-    del tiny_llama.config.max_position_embeddings
-    assert TransformersSampler(tiny_llama, chat, 0, 1).context_length > 10**6
+    # Bloom's positions are relative: its configuration states no limit.
+    config = transformers.BloomConfig(vocab_size=107, hidden_size=8, n_layer=1, n_head=2)
+    bloom = transformers.BloomForCausalLM(config)
+    assert TransformersSampler(bloom, chat, 0, 1).context_length > 10**6

@@ -18,7 +18,8 @@ def print_summary(run: RunFolder, console: Any) -> None:
     evaluations = [r for r in records if "eval/sampled_accuracy" in r]
     if len(evaluations) >= 2:
         console.print(accuracy_table(evaluations[0], evaluations[-1]))
-    if games := three_games(run, records):
+    games = three_games(run, records)
+    if games:
         console.print("\nThree games of the last step, from its easiest query to its hardest:")
         for game in games:
             text = Text("  ")
@@ -27,26 +28,37 @@ def print_summary(run: RunFolder, console: Any) -> None:
             console.print(text)
     folder = shlex.quote(str(run.folder))
     console.print(
-        f"\nThe run is in {folder}: config, metrics, games, checkpoints and the model.",
+        f"\nThe run is in {folder}: its config, metrics, games, checkpoints and model. Next:\n"
+        f"  lsp play {folder}             watch the model play both roles; --answer joins in",
         highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
-    console.print("Next:")
-    for command, why in (
-        (f"lsp play {folder}/model", "watch the trained model play both roles, or play against it"),
-        (f"lsp eval accuracy {folder}/model", "its accuracy on the held-out questions"),
-        ("lsp train arena-zero", "the same game without the self-reward, to see what that is for"),
-    ):
-        console.print(f"  {command:<44}  {why}", highlight=False, markup=False)
+    more = f"  lsp train --resume {folder} --steps {2 * max(1, len(records))}     play on"
+    if any("tier" in game for game in games):
+        more = (
+            f"  lsp eval accuracy {folder}/model     its accuracy by tier and task\n"
+            "  lsp train arena-zero      the game without self-reward, to see what that is for"
+        )
+    console.print(more, highlight=False, markup=False, soft_wrap=True)
 
 
 def accuracy_table(before: Record, after: Record) -> Any:
     """Held-out accuracy by tier, sampled and greedy, with 95 % intervals and the change."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title="Held-out accuracy in %, with 95 % intervals", title_justify="left")
-    table.add_column("tier")
-    for name in ("sampled, before", "after", "change", "greedy, before", "after", "change"):
-        table.add_column(name, justify="right")
+    table = Table(
+        box=SIMPLE_HEAD,
+        title="Held-out accuracy, %, with 95 % intervals",
+        padding=(0, 1),
+        pad_edge=False,
+    )
+    table.add_column("tier", no_wrap=True)
+    for kind in ("sampled", "greedy"):
+        for when in ("before", "after"):
+            table.add_column(f"{kind}\n{when}", justify="right", no_wrap=True)
+        table.add_column("\nchange", justify="right", no_wrap=True)
     for tier in (*TIERS, None):
         suffix = f"/{tier}" if tier else ""
         if f"eval/sampled_accuracy{suffix}" not in before:

@@ -21,6 +21,9 @@ from language_self_play.arena.tasks import (
 # Humans mostly ask easy questions, and now and then one that nobody can answer.
 HUMAN_TIER_WEIGHTS = (0.60, 0.30, 0.10)
 HUMAN_FLAWED_SHARE = 0.06
+_FLAWS = ("negative", "zero", "big number", "big factor", "long", "form", "form", "form", "short")
+
+_SLIPS = string.ascii_lowercase + string.digits + "+-* " * 9
 
 NUM_HUMAN_QUERIES = 1_000
 HUMAN_SEED = 2_025
@@ -58,7 +61,7 @@ def draw_learnable_query(rng: random.Random, tier: str, task: str | None = None)
 
 def draw_flawed_query(rng: random.Random) -> str:
     """A query that the parser rejects, of the kinds that people write by mistake."""
-    kind = rng.choice(("negative", "zero", "big number", "big factor", "long", "form", "short"))
+    kind = rng.choice(_FLAWS)
     tier = rng.choices(TIERS, HUMAN_TIER_WEIGHTS)[0]
     match kind:
         case "negative":
@@ -84,7 +87,8 @@ def draw_flawed_query(rng: random.Random) -> str:
         case "form":
             query = draw_query(rng, tier)
             place = rng.randrange(len(query))
-            return _unless_solvable(rng, query[:place] + rng.choice("+-* ") + query[place + 1 :])
+            slip = rng.choice(_SLIPS)
+            return _unless_solvable(rng, query[:place] + slip + query[place + rng.randint(0, 1) :])
         case "short":
             return f"{rng.choice(('reverse', 'sort'))} {rng.choice(string.ascii_lowercase)}"
     raise AssertionError(kind)

@@ -42,11 +42,11 @@ class Accuracy:
 
     def sampled(self, tier: str | None = None) -> tuple[float, float]:
         """(mean probability of the right answer at temperature 1, half-width of its interval)."""
-        return _mean_with_interval([r.probability for r in self._of(tier)])
+        return _mean_interval([r.probability for r in self._of(tier)])
 
     def greedy(self, tier: str | None = None) -> tuple[float, float]:
         """(share of questions that greedy decoding answers right, half-width of its interval)."""
-        return _mean_with_interval([float(r.greedy) for r in self._of(tier)])
+        return _share_interval([r.greedy for r in self._of(tier)])
 
     def metrics(self) -> dict[str, float]:
         """The metrics of an evaluation, overall and by tier."""
@@ -109,10 +109,15 @@ def arena_accuracy(
     )
 
 
-def _mean_with_interval(values: list[float]) -> tuple[float, float]:
+def _mean_interval(values: list[float]) -> tuple[float, float]:
     """(mean, half-width of the normal 95 % interval over questions)."""
     mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.inf
-    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    variance = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
     return mean, Z_95 * math.sqrt(variance / len(values))
+
+
+def _share_interval(flags: list[bool]) -> tuple[float, float]:
+    """(share, half-width of Wilson's 95 % score interval), which is not 0 for a share of 1."""
+    n, share = len(flags), sum(flags) / len(flags)
+    spread = math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
+    return share, Z_95 * spread / (1 + Z_95**2 / n)

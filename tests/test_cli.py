@@ -1,0 +1,481 @@
+"""The `lsp` command: quick to answer, exit codes, recipes, settings, models that aren't there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import language_self_play
+from language_self_play import errors
+from language_self_play.cli import COMMANDS, main
+from language_self_play.config import Config, fields, recipe_names, recipe_text
+
+MODULE = [sys.executable, "-m", "language_self_play"]
+SCRIPT = [str(Path(sys.executable).with_name("lsp"))]
+
+# What a shell gives a command: a buffered standard output in UTF-8.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("PYTHONUNBUFFERED", "LSP_TRACEBACK")}
+ENVIRONMENT |= {"PYTHONIOENCODING": "utf-8"}
+
+
+def lsp(*arguments, command=MODULE, **options):
+    return subprocess.run(
+        [*command, *arguments],
+        **{"capture_output": True, "text": True, "timeout": 120, "env": ENVIRONMENT} | options,
+    )
+
+
+# ---------------------------------------------------------------- at once, without torch
+
+ANSWERS_AT_ONCE = [
+    ["--version"],
+    ["--help"],
+    [],
+    *[[name, "--help"] for name in COMMANDS],
+    ["eval", "accuracy", "--help"],
+    ["recipes", "copy", "--help"],
+]
+
+
+@pytest.mark.parametrize("arguments", ANSWERS_AT_ONCE, ids=" ".join)
+def test_versions_and_help_are_answered_without_importing_anything_heavy(arguments):
+    imported = [sys.executable, "-X", "importtime", "-m", "language_self_play"]
+    answer = lsp(*arguments, command=imported)
+    assert answer.returncode == 0
+    modules = {line.rsplit("|", 1)[-1].strip() for line in answer.stderr.splitlines()}
+    assert "language_self_play.cli" in modules
+    assert not modules & {"torch", "transformers", "pydantic", "tomli_w", "rich"}
+    assert answer.stdout == f"{language_self_play.__version__}\n" or "usage: lsp" in answer.stdout
+
+
+@pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "show", "arena"], ["config"]])
+def test_recipes_and_settings_are_shown_without_torch(arguments):
+    imported = [sys.executable, "-X", "importtime", "-m", "language_self_play"]
+    answer = lsp(*arguments, command=imported)
+    assert answer.returncode == 0
+    modules = {line.rsplit("|", 1)[-1].strip() for line in answer.stderr.splitlines()}
+    assert "pydantic" in modules
+    assert not modules & {"torch", "transformers"}
+
+
+def test_the_console_script_is_the_same_command():
+    script, module = (lsp("--version", command=command) for command in (SCRIPT, MODULE))
+    assert script.stdout == module.stdout == f"{language_self_play.__version__}\n"
+    refused = lsp("nonsense", command=SCRIPT)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("lsp: 'nonsense': no such command; ")
+
+
+def test_help_names_every_command_with_its_meaning():
+    text = lsp("--help").stdout
+    for name, (_, meaning) in COMMANDS.items():
+        assert f"  {name:<10}{meaning}\n" in text
+    assert "lsp train arena" in text
+
+
+def test_every_flag_that_help_shows_for_train_is_explained():
+    text = lsp("train", "--help").stdout
+    for flag in ("--run DIR", "--resume DIR", "--dry-run"):
+        assert flag in text
+    assert "75 paused and resumable" in text
+
+
+# ---------------------------------------------------------------- exit codes
+
+
+def test_lsp_alone_shows_its_help(capsys):
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: lsp")
+
+
+@pytest.mark.parametrize(
+    ("name", "kin", "code"),
+    [
+        ("ConfigError", ValueError, 2),
+        ("InputFileError", OSError, 2),
+        ("ModelError", ValueError, 2),
+        ("RewardError", ValueError, 2),
+        ("RunFolderError", OSError, 2),
+        ("NonFiniteError", ArithmeticError, 3),
+        ("Paused", InterruptedError, 75),
+    ],
+)
+def test_each_error_is_its_standard_kin_and_has_its_exit_code(
+    name, kin, code, monkeypatch, capsys
+):
+    error = getattr(errors, name)
+    assert issubclass(error, errors.LspError)
+    assert issubclass(error, kin)
+    assert run_command_that_raises(error("a sentence"), monkeypatch) == code
+    assert capsys.readouterr().err == "lsp: a sentence\n"
+
+
+def test_the_tree_in_the_docstring_of_errors_is_the_tree():
+    drawn = {
+        line.split("─ ")[1].split()[0]: line.split("exit code ")[1]
+        for line in (errors.__doc__ or "").splitlines()
+        if "─ " in line
+    }
+    assert drawn == {cls.__name__: str(cls.exit_code) for cls in errors.LspError.__subclasses__()}
+
+
+def test_an_interrupt_ends_with_130_and_no_traceback(monkeypatch, capsys):
+    assert run_command_that_raises(KeyboardInterrupt(), monkeypatch) == 130
+    assert capsys.readouterr().err == "\nlsp: interrupted\n"
+
+
+def test_an_internal_error_is_one_sentence_and_exit_code_1(monkeypatch, capsys):
+    monkeypatch.delenv("LSP_TRACEBACK", raising=False)
+    assert run_command_that_raises(RuntimeError("the moon is full"), monkeypatch) == 1
+    assert capsys.readouterr().err == (
+        "lsp: internal error: RuntimeError: the moon is full. This is a bug;"
+        " LSP_TRACEBACK=1 shows where, please report it\n"
+    )
+
+
+def test_the_traceback_of_an_internal_error_is_shown_on_request(monkeypatch, capsys):
+    monkeypatch.setenv("LSP_TRACEBACK", "1")
+    assert run_command_that_raises(RuntimeError("the moon is full"), monkeypatch) == 1
+    assert capsys.readouterr().err.startswith("Traceback (most recent call last):")
+
+
+def run_command_that_raises(error, monkeypatch):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr("language_self_play.cli.recipes.run", fail)
+    return main(["recipes"])
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def test_recipes_lists_each_with_its_first_line(capsys):
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert main(["recipes", "list"]) == 0
+    assert capsys.readouterr().out == listed
+    lines = listed.splitlines()
+    assert [line.split()[0] for line in lines] == recipe_names()
+    assert lines[0].startswith("arena           Language Self-Play in the built-in arena: ")
+
+
+def test_recipes_show_prints_the_recipe_as_it_is(capsys):
+    assert main(["recipes", "show", "arena"]) == 0
+    assert capsys.readouterr().out == recipe_text("arena")
+
+
+def test_recipes_copy_writes_one_that_trains_as_the_shipped_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "copy", "arena"]) == 0
+    assert capsys.readouterr().out == "arena.toml written; run it by: lsp train arena.toml\n"
+    assert Config.from_recipe("arena.toml") == Config.from_recipe("arena")
+    assert main(["recipes", "copy", "arena", "mine.toml"]) == 0
+    assert (tmp_path / "mine.toml").read_text("utf-8") == recipe_text("arena")
+
+
+def test_recipes_copy_refuses_to_overwrite(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "arena.toml").write_text("mine")
+    assert main(["recipes", "copy", "arena"]) == 2
+    assert capsys.readouterr().err == "lsp: arena.toml: exists already; name another FILE\n"
+    assert (tmp_path / "arena.toml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["show", "nope"], "nope: no such recipe; one of arena, "),
+        (["copy", "nope"], "nope: no such recipe; one of arena, "),
+        (["copy", "arena", "no/where.toml"], "no/where.toml: can't be written (No such file"),
+        (["copy", "arena", "."], ".: exists already; name another FILE"),
+        (["show"], "the following arguments are required: NAME"),
+        (["burn", "arena"], "argument list | show | copy: invalid choice: 'burn'"),
+    ],
+)
+def test_recipes_refuses_in_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lsp: {sentence}")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_config_lists_every_setting_with_type_default_and_meaning(capsys):
+    assert main(["config"]) == 0
+    text = capsys.readouterr().out
+    heads = [line.split("  (")[0] for line in text.splitlines() if not line.startswith(" ")]
+    assert heads == [field.name for field in fields()]
+    assert 'algorithm  ("lsp" | "lsp-zero" | "grpo"; "lsp")\n' in text
+    assert "policy.path  (text; required)\n    The model: a folder, a hub id, or " in text
+    assert "threads  (int; unset)\n" in text
+    assert "solver.group_size  (int; 8)\n    G, answers to each query. Our choice.\n" in text
+    assert "    arena: 1 for the one right answer to an arena query, 0 otherwise.\n" in text
+
+
+def test_config_shows_only_the_settings_that_begin_so(capsys):
+    assert main(["config", "solver.t"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert [line.split()[0] for line in lines] == [
+        "solver.temperature",
+        "solver.top_p",
+        "solver.top_k",
+        "solver.truncated",
+        "solver.truncation_penalty",
+    ]
+
+
+def test_config_as_json_is_one_object_a_setting(capsys):
+    assert main(["config", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["name"] for row in rows] == [field.name for field in fields()]
+    [row] = [row for row in rows if row["name"] == "solver.group_size"]
+    assert row == {
+        "name": "solver.group_size",
+        "type": "int",
+        "default": 8,
+        "required": False,
+        "description": "G, answers to each query. Our choice.",
+    }
+
+
+# ---------------------------------------------------------------- output that can't be delivered
+
+
+def test_a_reader_that_leaves_early_is_met_with_silence():
+    with subprocess.Popen(
+        [*MODULE, "config"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    ) as process:
+        assert process.stdout.readline().startswith("algorithm")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(120) == 0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["config"], ["config", "seed"]])
+def test_a_reader_that_has_left_is_met_with_silence(arguments):
+    # What fits into the buffer of standard output is written when the command is over.
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        answer = lsp(*arguments, capture_output=False, stdout=writer, stderr=subprocess.PIPE)
+    finally:
+        os.close(writer)
+    assert answer.stderr == ""
+    assert answer.returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_without_greek_letters_still_gets_the_settings(encoding):
+    answer = lsp("config", env=ENVIRONMENT | {"PYTHONIOENCODING": encoding}, encoding=encoding)
+    assert answer.stderr == ""
+    assert answer.returncode == 0
+    assert "solver.group_size  (int; 8)\n" in answer.stdout
+
+
+# ---------------------------------------------------------------- models that aren't there
+
+
+@pytest.mark.parametrize("command", [["eval", "accuracy"], ["play"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ("./nothere", "./nothere: no such folder"),
+        ("runs/arena/model", "runs/arena/model: no such folder"),
+        ("file", "file: is a file; a model is a folder with config.json and safetensors"),
+        ("empty", "empty: the folder holds no config.json, so it is no model"),
+        (
+            "outer",
+            "outer: the folder holds no config.json, so it is no model; did you mean outer/model?",
+        ),
+    ],
+)
+def test_what_is_no_model_is_refused_in_one_sentence(
+    command, model, sentence, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no model")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "outer" / "model").mkdir(parents=True)
+    (tmp_path / "outer" / "model" / "config.json").write_text("{}")
+    assert main([*command, model]) == 2
+    assert capsys.readouterr().err == f"lsp: {sentence}\n"
+
+
+@pytest.mark.parametrize("command", [["eval", "accuracy"], ["play"]], ids=" ".join)
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "abacus"}', '{"model_type": 3}'])
+def test_a_damaged_model_folder_is_refused_in_one_sentence(
+    command, content, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(content)
+    assert main([*command, "./model"]) == 2
+    # transformers may have had a word before.
+    [line] = [s for s in capsys.readouterr().err.splitlines() if "[transformers]" not in s]
+    assert line.startswith("lsp: policy.path = './model': can't be loaded: ")
+
+
+def test_a_device_that_is_not_there_is_refused_in_one_sentence(capsys):
+    assert main(["eval", "accuracy", "arena", "--device", "abacus"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("lsp: device = 'abacus': can't be used here: ")
+
+
+# ---------------------------------------------------------------- what `lsp play` plays
+
+
+def test_play_refuses_a_recipe_without_rewards_or_plays_it_but_never_fails(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text('[policy]\npath = "m"\n[solver]\nmax_tokens = 9\n')
+    assert main(["play", "./nothere", "--recipe", "mine.toml"]) == 2
+    assert capsys.readouterr().err == "lsp: ./nothere: no such folder\n"
+
+
+def test_play_is_not_misled_by_a_config_toml_that_is_no_runs(tmp_path, monkeypatch):
+    from language_self_play.cli.play import config_for
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.toml").write_text("[tool]\nname = 'another program'\n")
+    config = config_for("arena", None, {})
+    assert config.policy.path == "arena"
+    assert config.challenger == Config.from_recipe("arena").challenger
+
+
+@pytest.mark.parametrize("model", ["run", "run/model"])
+def test_play_takes_prompts_and_rewards_from_the_run_that_the_model_comes_from(
+    model, tmp_path, monkeypatch
+):
+    from language_self_play.cli.play import config_for
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "config.toml").write_text(
+        'algorithm = "lsp-zero"\n[policy]\npath = "m"\n[solver]\nmax_tokens = 9\n'
+        '[challenger]\ntask = "riddles"\n[reward.r]\nkind = "arena"\n'
+    )
+    config = config_for(model, None, {"solver": {"temperature": 0.5}})
+    assert config.policy.path == "run/model"
+    assert config.algorithm == "lsp"
+    assert (config.solver.max_tokens, config.solver.temperature) == (9, 0.5)
+    assert config.challenger.task == "riddles"
+    assert list(config.reward) == ["r"]
+
+
+def test_play_shows_a_model_without_run_or_recipe_with_no_reward():
+    from language_self_play.cli.play import config_for, no_reward
+
+    config = config_for("./some-model", None, {})
+    [reward] = config.reward.values()
+    assert reward.function == "language_self_play.cli.play:no_reward"
+    assert no_reward(["q", "q"], ["a", "b"]) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("recipe", ["arena", "arena-zero", "arena-grpo"])
+def test_what_the_tiny_model_learned_can_be_played_whichever_recipe_taught_it(
+    recipe, tmp_path, monkeypatch
+):
+    # Its context has 128 tokens: prompts must be those that it knows, not the long default ones.
+    from language_self_play.arena.tiny_model import MAX_POSITIONS, build_tokenizer
+    from language_self_play.cli.play import config_for
+    from language_self_play.policy import Chat
+    from language_self_play.prompts import judge_prompt, rubric_text
+    from language_self_play.train import challenger_prompt_of_step
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "config.toml").write_text(Config.from_recipe(recipe).to_toml(), "utf-8")
+    config = config_for("run", None, {})
+    tokenizer = build_tokenizer()
+    chat = Chat(tokenizer, [tokenizer.eos_token_id], {})
+    assert len(chat.encode(challenger_prompt_of_step(config, 0).text)) < MAX_POSITIONS
+    rubric = rubric_text(config.self_reward.rubric)
+    assert len(chat.encode(judge_prompt(rubric, "27+48", "57"))) < MAX_POSITIONS
+
+
+class ScriptedGame:
+    """A game of a Challenger that poses the given queries and a Solver that always says 57."""
+
+    def __init__(self, queries):
+        from language_self_play.types import Completion, Group, Query
+
+        self.queries = [Query(*query) for query in queries]
+        self.in_arena = True
+        self.config = Config.from_recipe("arena", solver={"group_size": 2})
+        reply = Completion([], "57", [], "stop")
+        chat = SimpleNamespace(encode=lambda query, system: [0])
+        self.sampler = SimpleNamespace(
+            chat=chat,
+            sample=lambda prompts, n, *rest: [Group(p, [reply] * n) for p in prompts],
+        )
+
+    def sync(self, step):
+        pass
+
+    def pose(self, step):
+        from language_self_play.types import Posed
+
+        return Posed("challenger", [], 1.0, all_queries=self.queries)
+
+    def reward(self, queries, answers):
+        import torch
+
+        from language_self_play.rewards.arena import arena_reward
+
+        rows = [arena_reward([q] * len(a), a) for q, a in zip(queries, answers, strict=True)]
+        return torch.tensor(rows)
+
+    def self_reward(self, queries, answers):
+        import torch
+
+        return torch.full((len(queries), len(answers[0])), 3.5)
+
+
+def test_play_prints_valid_and_invalid_queries_in_order(capsys):
+    from language_self_play.cli.play import watch
+
+    watch(ScriptedGame([("27+48",), ("oops\x1b[2J", False, "truncated"), ("[red]1+1",)]), 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "   1  27+48  →  57 (R 1, R_Q 3.50)  |  57 (R 1, R_Q 3.50)   V 1.00"
+    assert lines[1] == "   2  oops\\x1b[2J  invalid: truncated"
+    assert lines[2].startswith("   3  [red]1+1  →  57 (R 0, R_Q 3.50)")
+    assert len(lines) == 3
+
+
+def test_answering_yourself_accepts_numbers_as_usual_and_keeps_the_score(monkeypatch, capsys):
+    from language_self_play.cli.play import answer_yourself
+
+    typed = iter(["75", "", "6"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    answer_yourself(ScriptedGame([("27+48",), ("1+1",)]), 2)
+    out = capsys.readouterr().out
+    # 75 is right, as 57 units first; the empty line skips 1+1; then 27+48 comes again.
+    assert "1/2  27+48\n  the Solver says 57\n  rewards: you 1, the Solver 1\n" in out
+    assert "2/2  27+48\n  the Solver says 57\n  rewards: you 0, the Solver 1\n" in out
+    assert out.endswith("\nAfter 2 games: you 1, the Solver 2.\n")
+
+
+def test_answering_yourself_ends_with_the_input(monkeypatch, capsys):
+    from language_self_play.cli.play import answer_yourself
+
+    def leave(prompt):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", leave)
+    answer_yourself(ScriptedGame([("27+48",)]), 3)
+    assert "games:" not in capsys.readouterr().out

@@ -1,0 +1,175 @@
+"""`lsp train --dry-run`: arithmetic and memory of a run from its configuration, no weights needed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from language_self_play.cli import main
+from language_self_play.config import Config
+
+RECIPE = """\
+steps = 30
+[policy]
+path = "./model"
+[challenger]
+prompt = "arena"
+template = "{query}"
+num_queries = 32
+max_tokens = 20
+[solver]
+group_size = 8
+max_tokens = 12
+[self_reward]
+mode = "expected"
+rubric = "arena"
+[reward.answer]
+kind = "arena"
+"""
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """The arena's tokenizer and config, without weights."""
+    from language_self_play.arena.tiny_model import build_config, build_tokenizer
+
+    folder = tmp_path_factory.mktemp("plan") / "model"
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(folder)
+    build_config(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def here(model_folder, tmp_path, monkeypatch):
+    """A folder with the recipe and a model without weights, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "model").mkdir()
+    for file in model_folder.iterdir():
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def batch(**overrides):
+    from language_self_play.plan import batch_arithmetic
+
+    return batch_arithmetic(Config.from_recipe("recipe.toml", **overrides))
+
+
+@pytest.mark.usefixtures("here")
+def test_a_step_is_counted_in_queries_answers_and_micro_batches():
+    plan = batch()
+    assert plan["queries (N)"] == 32
+    assert plan["answers (N x G)"] == 256  # 32 · 8
+    assert plan["challenger prompt, tokens"] == 3  # <|user|>, "Pose one task.", <|assistant|>
+    assert plan["optimizer steps of the run"] == 30
+    assert plan["micro-batches, at most"] == 2  # one for each role
+
+
+@pytest.mark.usefixtures("here")
+def test_grpo_has_no_challenger_to_count(here):
+    (here / "q.jsonl").write_text('{"prompt": "1+1"}\n')
+    plan = batch(algorithm="grpo", data={"path": "q.jsonl"})
+    assert "challenger prompt, tokens" not in plan
+    assert plan["micro-batches, at most"] == 1
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("budget", [16_384, 500, 116, 40])
+def test_tokens_and_micro_batches_are_no_less_than_those_of_the_longest_possible_step(budget):
+    import torch
+
+    from language_self_play.packing import micro_batches
+    from language_self_play.policy import load_chat
+    from language_self_play.types import Completion, Group, Groups
+
+    config = Config.from_recipe("recipe.toml", learner={"tokens_per_micro_batch": budget})
+    plan = batch(learner={"tokens_per_micro_batch": budget})
+    # Queries of 20 tokens, their stop token included, so that the Solver is asked 19 of them.
+    prompt = load_chat(config.policy).encode("7" * 19)
+    answers = [Completion([5] * 12, "", [0.0] * 12, "length")] * 8
+    queries = [Completion([5] * 20, "", [0.0] * 20, "stop")] * 32
+    solved = Groups("solver", [Group(prompt, answers)] * 32, 1.0, torch.zeros(32, 8))
+    posed = Groups("challenger", [Group([1, 6, 2], queries)], 1.0, torch.zeros(32))
+    batches = [
+        b for groups in (solved, posed) for b in micro_batches(groups, budget, 0, torch.device("cpu"))
+    ]
+    assert plan["micro-batches, at most"] >= len(batches)
+    assert plan["tokens learned from, at most"] >= 32 * (len(prompt) + 8 * 12) + 3 + 32 * 20
+
+
+@pytest.mark.usefixtures("here")
+def test_memory_is_estimated_by_part():
+    from language_self_play.plan import memory_estimate
+
+    estimate = memory_estimate(Config.from_recipe("recipe.toml"))
+    # 683,904 parameters (see test_arena_tiny_model) of 4 bytes.
+    assert estimate["policy"] == estimate["reference"] == estimate["gradients"] == 2_735_616
+    assert estimate["AdamW's moments"] == 5_471_232
+    # 3 copies · 16,384 tokens · 107 words · 4 bytes
+    assert estimate["logits of a micro-batch"] == 21_037_056
+    # keys and values · 4 layers · 4 heads · 32 · 256 rows · (20 + 12) tokens · 4 bytes
+    assert estimate["key-value cache while sampling"] == 33_554_432
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_without_kl_and_judge_has_no_reference_in_memory():
+    from language_self_play.plan import memory_estimate
+
+    zero = {"beta": 0.0}
+    config = Config.from_recipe("recipe.toml", algorithm="lsp-zero", solver=zero, challenger=zero)
+    assert memory_estimate(config)["reference"] == 0
+
+
+def test_a_dry_run_prints_both_tables_loads_no_weights_and_writes_nothing(here, capsys):
+    before = sorted(here.rglob("*"))
+    assert main(["train", "recipe.toml", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "answers (N x G)" in out
+    assert "256" in out
+    assert "key-value cache while sampling" in out
+    assert "No weights were loaded." in out
+    assert sorted(here.rglob("*")) == before
+
+
+# What a run would refuse only after minutes of loading, or at its first step.
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--solver.system_prompt", "Be brief."], "solver.system_prompt"),
+        (["--challenger.prompt", "default"], "challenger.prompt"),
+        (["--challenger.prompt", "nothere.txt"], "nothere.txt: no such file"),
+        (["--self_reward.rubric", "nothere.txt"], "nothere.txt: no such file"),
+        (["--self_reward.rubric", "recipe.toml"], "self_reward.rubric"),
+        (["--self_reward.mode", "criteria"], "self_reward.mode"),
+        (["--self_reward.rubric", "default"], "self_reward.rubric"),
+        (["--policy.chat_template", "nothere.jinja"], "nothere.jinja: no such file"),
+        (["--policy.chat_template", "recipe.toml"], None),
+        (["--policy.path", "./nothere"], "./nothere: no such folder"),
+        (["--device", "abacus"], "device = 'abacus'"),
+        (["--reward.mine.kind", "python", "--reward.mine.function", "nothere:f"], "reward.mine"),
+        (["--reward.mine.kind", "python", "--reward.mine.function", "json"], "reward.mine"),
+        (["--reward.mine.kind", "python", "--reward.mine.function", "json:no"], "reward.mine"),
+        (["--algorithm", "grpo", "--data.path", "nothere.jsonl"], "nothere.jsonl: no such file"),
+        (["--algorithm", "grpo", "--data.path", "recipe.toml"], "recipe.toml:1: not a JSON object"),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_a_dry_run_finds_what_would_stop_a_run(flags, name, capsys):
+    code = main(["train", "recipe.toml", "--dry-run", *flags])
+    if name is None:  # A template that is plain text is a template.
+        assert code == 0
+        return
+    assert code == 2
+    [line] = [s for s in capsys.readouterr().err.splitlines() if "[transformers]" not in s]
+    assert line.startswith(f"lsp: {name}")
+
+
+@pytest.mark.parametrize("model_type", ["abacus", "t5"])
+def test_a_dry_run_refuses_a_model_that_is_no_language_model_it_knows(model_type, here, capsys):
+    (here / "model" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert main(["train", "recipe.toml", "--dry-run"]) == 2
+    [line] = [s for s in capsys.readouterr().err.splitlines() if "[transformers]" not in s]
+    assert line.startswith("lsp: policy.path = './model': ")
