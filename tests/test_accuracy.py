@@ -76,9 +76,7 @@ def test_greedy_is_what_greedy_decoding_gives(
                 problems.append((query, Problem("reverse", problem.tier, (answer[::-1],))))
                 expected.append(answer == text)
     assert 20 < sum(expected) < len(expected) - 20
-    monkeypatch.setattr(
-        "language_self_play.evaluate.accuracy.held_out_problems", lambda: problems
-    )
+    monkeypatch.setattr("language_self_play.evaluate.accuracy.held_out_problems", lambda: problems)
     results = arena_accuracy(tiny_llama, Chat(tokenizer, stops, {}), TOKENS_AT_ONCE).results
     assert [r.greedy for r in results] == expected
 

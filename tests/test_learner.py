@@ -248,6 +248,31 @@ def test_masked_answers_have_no_gradient(match, settings):
     assert_same_gradient(found, expected)
 
 
+@pytest.mark.parametrize("kl", KLS)
+def test_padding_however_far_from_the_reference_has_no_gradient(
+    make_markov_model, chat, settings, plain_logprobs, kl
+):
+    # What would follow the stop token was never trained: here the reference is sure of padding and
+    # the policy of "b", so that the padding's r is 138 and exp(r) exceeds float32.
+    a, end = chat.tokenizer.convert_tokens_to_ids(["a", "<|end|>"])
+    stops = {"a": {"<|end|>": 0.5, "a": 0.5}, "<|end|>": {"b": 1.0}}
+    pads = {"a": {"<|end|>": 0.8, "a": 0.2}, "<|end|>": {"<|pad|>": 1.0}}
+    match = Match.__new__(Match)
+    match.plain_logprobs = plain_logprobs
+    match.model, match.reference = make_markov_model(stops), make_markov_model(pads)
+    match.policy = Policy(match.model, chat, match.reference.requires_grad_(False))
+    with torch.no_grad():
+        played = [
+            Completion(tokens, "", plain_logprobs(match.model, [a], tokens, 0.5).tolist(), "stop")
+            for tokens in ([end], [a, a, end])
+        ]
+    match.posed, advantages = None, torch.tensor([[1.0, -1.0]])
+    match.solved = Solved("solver", [Group([a], played)], 0.5, advantages)
+    expected = match.gradient_of(match.naive_loss(match.solved, SOLVER_BETA, kl))
+    _, found = step(match, settings(kl=kl))
+    assert_same_gradient(found, expected)
+
+
 def test_kl_in_the_reward_is_centred_over_masked_answers_too(match, settings):
     # As their rewards are: what is masked stays part of the group's baseline.
     match.posed = None

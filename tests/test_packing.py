@@ -48,7 +48,8 @@ def unpack(batches: list[MicroBatch]) -> list[tuple[int, list[int], list[int], f
 def expected_of(groups: Groups) -> list[tuple[int, list[int], list[int], float]]:
     advantages = groups.advantages.flatten().tolist()
     pairs = [(g.prompt, c.tokens) for g in groups.groups for c in g.completions]
-    kept = [True] * len(pairs) if groups.keep is None else sum(groups.keep, [])
+    keep = groups.keep or [[True] * len(pairs)]
+    kept = [flag for row in keep for flag in row]
     return [(i, *pair, advantages[i]) for i, pair in enumerate(pairs) if kept[i]]
 
 

@@ -64,9 +64,7 @@ def test_the_samplers_logprobs_are_the_trainers(any_model: Any, chat: Chat):
     groups = sample(any_model, chat, temperature=0.8)
     logprobs = logprobs_of(groups)
     assert logprobs.std() > 0.3
-    assert_close(
-        logprobs, trainer_logprobs(any_model, groups, 0.8), rtol=0, atol=LOGPROB_TOLERANCE
-    )
+    assert_close(logprobs, trainer_logprobs(any_model, groups, 0.8), rtol=0, atol=LOGPROB_TOLERANCE)
 
 
 def test_the_samplers_logprobs_are_the_trainers_though_top_p_and_top_k_cut(
@@ -83,7 +81,9 @@ def test_the_samplers_logprobs_are_the_trainers_with_pretrained_weights(test_dat
 
     folder = test_data / "models" / name
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # Logits near 30 leave float32 with rounding of about 1e-5, in the sampler and in the trainer
+    # alike; in float64 what is left to differ is what they compute.
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     eos = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
     chat = Chat(tokenizer, eos if isinstance(eos, list) else [eos], {})
     prompts = [tokenizer.encode(text) for text in ("Once upon a time, there was", "Lily and Tom")]
@@ -277,7 +277,13 @@ def test_first_tokens_are_distributed_as_the_models_softmax(
 ):
     count = 20_000
     [group] = sample(
-        tiny_llama, chat, [PROMPTS[0]], n=count, max_tokens=1, batch_size=count, temperature=temperature
+        tiny_llama,
+        chat,
+        [PROMPTS[0]],
+        n=count,
+        max_tokens=1,
+        batch_size=count,
+        temperature=temperature,
     )
     drawn = torch.tensor([c.tokens[0] for c in group.completions])
     with torch.no_grad():
@@ -314,7 +320,7 @@ def test_no_prompts_give_no_groups(tiny_llama: Any, chat: Chat):
 def test_damaged_weights_are_reported_with_the_step(tiny_llama: Any, chat: Chat):
     with torch.no_grad():
         tiny_llama.lm_head.weight[7] = torch.nan
-    with pytest.raises(NonFiniteError, match="step 5: .* not finite"):
+    with pytest.raises(NonFiniteError, match=r"step 5: .* not finite"):
         sample(tiny_llama, chat, step=5)
 
 

@@ -343,5 +343,5 @@ def test_a_reward_that_is_not_finite_names_its_query_and_answer(value):
     def reward(queries: list[str], answers: list[str]) -> list[float]:
         return [value if a == "etik" else 0.0 for a in answers]
 
-    with pytest.raises(NonFiniteError, match="reward.mine: .*'reverse kite'.*'etik'"):
+    with pytest.raises(NonFiniteError, match=r"reward\.mine: .*'reverse kite'.*'etik'"):
         RewardSum({"mine": (1.0, reward)})(QUERIES, ANSWERS)

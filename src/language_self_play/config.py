@@ -145,7 +145,11 @@ Reward = Annotated[ArenaReward | PythonReward, Field(discriminator="kind")]
 
 
 class Learner(Section):
-    lr: PositiveFloat = Field(3e-6, description="Learning rate of AdamW.")
+    lr: PositiveFloat | None = Field(
+        None,
+        description="Learning rate of AdamW; unset it is the paper's, 3e-6 for lsp and lsp-zero and"
+        " 1e-6 for grpo.",
+    )
     betas: tuple[Fraction, Fraction] = Field(
         (0.9, 0.999), description="AdamW's moment decays. Our choice."
     )
@@ -276,6 +280,11 @@ class Config(Section):
     def to_toml(self) -> str:
         """This configuration as TOML, every field written out, unset optionals left out."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    @property
+    def lr(self) -> float:
+        """learner.lr, or the paper's for the algorithm (Appendix C)."""
+        return self.learner.lr or (1e-6 if self.algorithm == "grpo" else 3e-6)
 
     @property
     def needs_reference(self) -> bool:

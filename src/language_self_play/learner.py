@@ -38,7 +38,7 @@ class Learner:
         section = config.learner
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=section.lr, betas=section.betas, weight_decay=section.weight_decay
+            self.parameters, lr=config.lr, betas=section.betas, weight_decay=section.weight_decay
         )
 
     def step(self, solved: Groups, posed: Groups | None, alpha: float) -> StepResult:

@@ -31,9 +31,10 @@ def draw_tokens(
     scaled = logits.float() / temperature
     probabilities = scaled.softmax(-1)
     kept = truncate(probabilities, top_p, top_k)
-    # A float64 sum keeps the tail of a large vocabulary reachable.
-    cumulative = kept.double().cumsum(-1)
-    target = uniforms.to(cumulative.device) * cumulative[:, -1]
+    # A float64 sum keeps the tail of a large vocabulary reachable; MPS has no float64.
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    cumulative = kept.to(wide).cumsum(-1)
+    target = uniforms.to(cumulative.device, wide) * cumulative[:, -1]
     # right=True steps over tokens of probability 0.
     tokens = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
     tokens = tokens.clamp_max(logits.shape[-1] - 1)

@@ -114,10 +114,10 @@ class TransformersSampler:
         logits = logits.repeat_interleave(repeats, 0)
         mask = mask_BP.repeat_interleave(repeats, 0)
         positions = lengths.repeat_interleave(repeats)
-        index = torch.tensor(where, device=device)
+        index = torch.tensor(where)  # on the CPU, as the uniforms are: MPS has no float64
         eos = torch.tensor(self.chat.eos_ids, device=device)
         drawn: list[tuple[Tensor, Tensor, Tensor]] = []
-        alive = torch.arange(len(where), device=device)
+        alive = torch.arange(len(where))
         for position in range(min(max_tokens, room)):
             uniform = uniforms(key, index[alive, 0], index[alive, 1], position)
             token, logprob = draw_tokens(
@@ -130,12 +130,8 @@ class TransformersSampler:
             if not going.all():
                 left = going.nonzero().squeeze(-1)
                 cache.batch_select_indices(left)
-                alive, token, mask, positions = (
-                    alive[left],
-                    token[left],
-                    mask[left],
-                    positions[left],
-                )
+                token, mask, positions = token[left], mask[left], positions[left]
+                alive = alive[left.cpu()]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             logits = self.model(
                 input_ids=token[:, None],

@@ -1,0 +1,260 @@
+"""The direction of imports: rooms, top to bottom, each of which imports only from those below it.
+
+Every import statement of every module counts, at its top or inside a function; only what stands
+under `if TYPE_CHECKING:` does not. A new module must be given a room here.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import language_self_play
+
+PACKAGE = "language_self_play"
+SOURCE = Path(language_self_play.__file__).parent
+
+# Top to bottom. A module may import those in rooms below its own, and what BESIDE allows.
+ROOMS = [
+    ("the command's name", ["__main__"]),
+    (
+        "commands",
+        ["cli", "cli.train", "cli.evaluate", "cli.play", "cli.recipes", "cli.config", "cli.overrides"],
+    ),
+    ("what a run would take", ["plan"]),
+    ("Algorithm 1, which joins the rooms", ["train"]),
+    ("measuring and reporting", ["evaluate", "evaluate.accuracy", "summary", "progress"]),
+    ("the players", ["players"]),
+    ("rewards", ["rewards", "rewards.arena", "rewards.python", "rewards.self_reward"]),
+    ("sampling", ["sampling", "sampling.transformers"]),
+    # A checkpoint holds a policy, and metrics are of a learning step: one room above both.
+    ("records of a run", ["checkpoint", "metrics"]),
+    ("learning", ["learner", "forward", "policy", "packing"]),
+    ("files", ["run_folder", "data"]),
+    ("the mathematics", ["advantages", "losses", "logprobs", "randomness"]),
+    ("text", ["prompts"]),
+    ("settings, types", ["config", "types", "stopwatch"]),
+    ("the built-in world, trained", ["arena.pretrain"]),
+    ("the built-in world", ["arena", "arena.questions", "arena.tiny_model"]),
+    ("its tasks", ["arena.tasks"]),
+    ("errors and the package itself", ["errors", ""]),
+]
+
+# Within a room, module -> what it may import there.
+BESIDE = {
+    "cli": {"cli.train", "cli.evaluate", "cli.play", "cli.recipes", "cli.config"},
+    "cli.train": {"cli", "cli.overrides"},
+    "cli.evaluate": {"cli"},
+    "cli.play": {"cli", "cli.overrides"},
+    "cli.recipes": {"cli"},
+    "cli.config": {"cli"},
+    "evaluate.accuracy": {"evaluate"},
+    "summary": {"progress"},
+    "rewards": {"rewards.arena", "rewards.python"},
+    "rewards.self_reward": {"rewards"},
+    "sampling.transformers": {"sampling"},
+    "learner": {"forward", "packing", "policy"},
+    "forward": {"packing"},
+}
+
+# Nothing of ours but errors: these can be read, tested and reused alone.
+ALONE = ["advantages", "losses", "logprobs", "randomness", "types", "stopwatch", "arena.tasks"]
+
+# Third-party library -> the modules that may import it. Anything else is an error.
+LIBRARIES = {
+    "pydantic": {"config"},
+    "tomli_w": {"config"},
+    "rich": {"cli.train", "cli.evaluate", "cli.play", "plan", "progress", "summary"},
+    "safetensors": {"checkpoint"},
+    "tokenizers": {"arena.tiny_model"},
+    "transformers": {
+        "policy",
+        "plan",
+        "forward",
+        "sampling.transformers",
+        "evaluate.accuracy",
+        "arena.pretrain",
+        "arena.tiny_model",
+    },
+    "torch": {
+        "advantages",
+        "arena.pretrain",
+        "checkpoint",
+        "evaluate.accuracy",
+        "forward",
+        "learner",
+        "logprobs",
+        "losses",
+        "metrics",
+        "packing",
+        "plan",
+        "players",
+        "policy",
+        "randomness",
+        "rewards",
+        "rewards.self_reward",
+        "sampling.transformers",
+        "train",
+    },
+}
+
+# Modules that must come without torch and transformers, with everything that they import.
+LIGHT = [
+    *["cli", "cli.train", "cli.evaluate", "cli.play", "cli.recipes", "cli.config", "cli.overrides"],
+    *["config", "errors", "types", "prompts", "run_folder", "progress", "summary", "stopwatch"],
+    *["plan", "sampling", "evaluate"],
+    *["arena", "arena.tasks", "arena.questions", "arena.tiny_model"],
+]
+
+
+# ---------------------------------------------------------------- reading the source
+
+
+def module_name(file: Path) -> str:
+    """`arena.tasks` for arena/tasks.py, `arena` for arena/__init__.py, `` for the package."""
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in sorted(SOURCE.rglob("*.py"))}
+ROOM_OF = {module: i for i, (_, modules) in enumerate(ROOMS) for module in modules}
+
+
+def imports(module: str) -> set[str]:
+    """Full names of the modules that `module` imports anywhere, except for type checkers."""
+    return set(_imports(ast.parse(MODULES[module].read_text("utf-8")), module))
+
+
+def _imports(node: ast.AST, module: str) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{module}: relative imports hide their direction"
+            for alias in child.names:
+                inner = f"{child.module}.{alias.name}"
+                yield inner if inner.removeprefix(f"{PACKAGE}.") in MODULES else child.module
+        else:
+            yield from _imports(child, module)
+
+
+def of_ours(module: str) -> set[str]:
+    """Those of our own modules that `module` imports, without the package's name."""
+    names = imports(module) - {"__future__"}
+    names = {n for n in names if n == PACKAGE or n.startswith(f"{PACKAGE}.")}
+    return {name.removeprefix(PACKAGE).removeprefix(".") for name in names}
+
+
+def libraries(module: str) -> set[str]:
+    """The libraries outside Python's own that `module` imports."""
+    roots = {name.split(".")[0] for name in imports(module)}
+    return roots - set(sys.stdlib_module_names) - {PACKAGE, "__future__"}
+
+
+# ---------------------------------------------------------------- the rules
+
+
+def test_every_module_has_one_room_and_every_room_has_modules():
+    listed = [module for _, modules in ROOMS for module in modules]
+    assert sorted(listed) == sorted(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down_only(module):
+    upward = {
+        other
+        for other in of_ours(module)
+        if ROOM_OF[other] <= ROOM_OF[module] and other not in BESIDE.get(module, set())
+    }
+    assert upward == set(), f"{module} is in the room of {ROOMS[ROOM_OF[module]][0]!r}"
+
+
+def test_what_is_allowed_within_a_room_is_within_a_room_and_free_of_circles():
+    for module, allowed in BESIDE.items():
+        assert {ROOM_OF[other] for other in allowed} == {ROOM_OF[module]}
+    # The command imports a subcommand by its name when it runs it; nothing else goes both ways.
+    both = {(a, b) for a, allowed in BESIDE.items() for b in allowed if a in BESIDE.get(b, set())}
+    assert {pair for pair in both if "cli" not in pair} == set()
+
+
+@pytest.mark.parametrize("module", ALONE)
+def test_the_mathematics_and_its_kin_import_nothing_of_ours(module):
+    assert of_ours(module) <= {"errors"}
+
+
+def test_only_train_joins_players_rewards_learner_and_checkpoints():
+    joined = {"players", "rewards", "learner", "checkpoint", "metrics"}
+    joining = {module for module in MODULES if len(of_ours(module) & joined) > 2}
+    assert joining == {"train"}
+
+
+def test_training_does_not_know_the_command():
+    for module in MODULES:
+        if not module.startswith("cli") and module != "__main__":
+            assert not {m for m in of_ours(module) if m.startswith("cli")}, module
+
+
+def test_sampling_backends_do_not_import_each_other():
+    backends = {module for module in MODULES if module.startswith("sampling.")}
+    for backend in backends:
+        assert of_ours(backend) & backends == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_libraries_are_imported_only_where_the_table_says(module):
+    assert {lib for lib in libraries(module) if module not in LIBRARIES.get(lib, set())} == set()
+
+
+def test_the_table_of_libraries_names_no_module_that_does_without():
+    idle = {(lib, m) for lib, modules in LIBRARIES.items() for m in modules if lib not in libraries(m)}
+    assert idle == set()
+
+
+# ---------------------------------------------------------------- what comes along at run time
+
+
+def python(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_importing_the_package_brings_neither_torch_nor_pydantic():
+    heavy = {"torch", "transformers", "pydantic", "tomli_w", "rich", "safetensors"}
+    assert python(f"import sys, {PACKAGE}; print({heavy} & set(sys.modules))") == "set()"
+
+
+def test_the_light_modules_bring_neither_torch_nor_transformers():
+    names = ", ".join(f"{PACKAGE}.{module}" for module in LIGHT)
+    assert python(f"import sys, {names}; print({{'torch', 'transformers'}} & set(sys.modules))") == (
+        "set()"
+    )
+
+
+def test_the_packages_names_load_on_first_use_and_unknown_ones_are_refused():
+    assert (
+        python(
+            f"""
+import sys, {PACKAGE} as lsp
+assert lsp.LspError.__name__ == "LspError" and "pydantic" not in sys.modules
+assert lsp.Config.__name__ == "Config" and "torch" not in sys.modules
+try:
+    lsp.nonsense
+except AttributeError as error:
+    print(error)
+"""
+        )
+        == "module 'language_self_play' has no attribute 'nonsense'"
+    )
+
+
+def test_every_name_that_the_package_promises_is_there():
+    for name in language_self_play.__all__:
+        assert getattr(language_self_play, name) is not None

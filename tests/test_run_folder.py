@@ -1,0 +1,298 @@
+"""The run folder: plain files, appended to, cut back on resume, refused where they can't be used."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from language_self_play.config import Config
+from language_self_play.errors import ConfigError, NonFiniteError, RunFolderError
+from language_self_play.run_folder import (
+    RunFolder,
+    flatten,
+    free_run_folder,
+    remove_folder,
+    replace_text,
+)
+
+CONFIG = Config.from_table(
+    {"seed": 7, "policy": {"path": "m"}, "reward": {"main": {"kind": "arena"}}}
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = RunFolder(tmp_path / "runs" / "first")
+    folder.create(CONFIG)
+    return folder
+
+
+def game(query: str, **more):
+    return {"query": query, "answers": [{"text": "57", "reward": 1.0}], **more}
+
+
+# ---------------------------------------------------------------- writing and reading
+
+
+def test_a_new_folder_holds_its_configuration_and_places_for_games_and_checkpoints(run):
+    names = sorted(path.name for path in run.folder.iterdir())
+    assert names == ["checkpoints", "config.toml", "games"]
+    assert Config.from_table(run.config()) == CONFIG
+
+
+def test_records_are_appended_one_json_object_a_line_as_they_come(run):
+    run.record({"step": 0, "reward/mean": 0.25}, [game("27+48"), game("été ∅")])
+    run.record({"step": 1, "reward/mean": 0.5}, [])
+    assert run.metrics_file.read_text("utf-8") == (
+        '{"step": 0, "reward/mean": 0.25}\n{"step": 1, "reward/mean": 0.5}\n'
+    )
+    assert list(run.metrics()) == [
+        {"step": 0, "reward/mean": 0.25},
+        {"step": 1, "reward/mean": 0.5},
+    ]
+    file = run.folder / "games" / "step-000000.jsonl"
+    assert [json.loads(line) for line in file.read_text("utf-8").split("\n")[:-1]] == run.games(0)
+    assert [g["query"] for g in run.games(0)] == ["27+48", "été ∅"]
+
+
+def test_a_step_without_games_has_no_games_file(run):
+    run.record({"step": 3}, [])
+    assert list(run.games_folder.iterdir()) == []
+    assert run.games(3) == []
+
+
+def test_a_run_without_records_has_no_metrics(run):
+    assert list(run.metrics()) == []
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r", "\n"])
+def test_games_survive_every_line_separator_that_a_model_may_write(run, separator):
+    games = [game(f"one{separator}two"), game("three")]
+    run.write_games(1, games)
+    assert run.games(1) == games
+
+
+def test_an_event_has_its_time_kind_and_details_and_stays_out_of_the_metrics(run):
+    run.event("started", step=0)
+    [event] = map(json.loads, run.events_file.read_text("utf-8").splitlines())
+    assert event.pop("time") > 1.7e9
+    assert event == {"event": "started", "step": 0}
+    assert not run.metrics_file.exists()
+
+
+def test_an_unfinished_last_line_is_passed_over(run):
+    run.record({"step": 0}, [])
+    with run.metrics_file.open("a") as stream:
+        stream.write('{"step": 1, "rew')
+    assert list(run.metrics()) == [{"step": 0}]
+
+
+def test_a_damaged_line_is_one_sentence_that_names_the_file(run):
+    run.metrics_file.write_text('{"step": 0}\n{"step": 1, \n{"step": 2}\n')
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl"):
+        list(run.metrics())
+
+
+# ---------------------------------------------------------------- cutting back
+
+
+def test_truncate_drops_the_records_and_games_of_the_step_and_later(run):
+    for step in range(5):
+        run.record({"step": step}, [game(f"{step}+0")])
+    run.truncate(3)
+    assert [record["step"] for record in run.metrics()] == [0, 1, 2]
+    assert sorted(file.name for file in run.games_folder.iterdir()) == [
+        "step-000000.jsonl",
+        "step-000001.jsonl",
+        "step-000002.jsonl",
+    ]
+
+
+def test_what_goes_on_after_truncate_reads_as_if_it_had_never_stopped(run, tmp_path):
+    never_stopped = RunFolder(tmp_path / "second")
+    never_stopped.create(CONFIG)
+    for step in range(4):
+        never_stopped.record({"step": step, "x": step / 3}, [game(f"{step}+0")])
+    for step in range(3):
+        run.record({"step": step, "x": step / 3}, [game(f"{step}+0")])
+    with run.metrics_file.open("a") as stream:
+        stream.write('{"step": 3, "x"')
+    run.truncate(2)
+    for step in (2, 3):
+        run.record({"step": step, "x": step / 3}, [game(f"{step}+0")])
+    assert run.metrics_file.read_bytes() == never_stopped.metrics_file.read_bytes()
+    for file in never_stopped.games_folder.iterdir():
+        assert (run.games_folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_truncate_to_the_beginning_leaves_no_record(run):
+    run.record({"step": 0}, [game("1+1")])
+    run.truncate(0)
+    assert list(run.metrics()) == []
+    assert list(run.games_folder.iterdir()) == []
+
+
+# ---------------------------------------------------------------- numbers that are none
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_refused_by_its_key_and_step(run, value):
+    with pytest.raises(NonFiniteError) as refused:
+        run.record({"step": 3, "loss": 0.5, "kl/solver": value}, [])
+    assert str(refused.value) == "step 3: kl/solver is not finite"
+    assert list(run.metrics()) == []
+
+
+def test_every_key_that_is_not_finite_is_named(run):
+    with pytest.raises(NonFiniteError, match=r"^step 0: loss, grad_norm is not finite$"):
+        run.record({"step": 0, "loss": math.nan, "x": 1.0, "grad_norm": math.inf}, [])
+
+
+def test_a_game_that_is_not_finite_is_refused_and_not_written(run):
+    with pytest.raises(NonFiniteError, match=r"^step 4: a game is not finite$"):
+        run.write_games(4, [{"step": 4, "answers": [{"reward": math.nan}]}])
+    assert run.games(4) == []
+
+
+# ---------------------------------------------------------------- folders that can't be used
+
+
+def test_a_used_folder_is_refused_with_both_ways_out(run):
+    with pytest.raises(RunFolderError) as refused:
+        run.refuse_if_used()
+    assert str(refused.value) == (
+        f"{run.folder}: already holds a run; go on with it by --resume {run.folder},"
+        " or choose another folder by --run"
+    )
+
+
+def test_a_folder_with_records_but_no_configuration_is_used_too(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        RunFolder(tmp_path).refuse_if_used()
+
+
+def test_a_missing_or_an_empty_folder_is_free(tmp_path):
+    RunFolder(tmp_path / "nothere").refuse_if_used()
+    RunFolder(tmp_path).refuse_if_used()
+
+
+def test_a_folder_that_is_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(RunFolderError, match=r"taken.*: can't be written \(.+\)$"):
+        RunFolder(tmp_path / "taken").create(CONFIG)
+
+
+def test_a_folder_inside_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(RunFolderError, match=r"can't be written \(Not a directory\)$"):
+        RunFolder(tmp_path / "taken" / "run").create(CONFIG)
+
+
+def test_a_file_where_the_games_belong_is_one_sentence(run):
+    remove_folder(run.games_folder)
+    run.games_folder.write_text("")
+    with pytest.raises(RunFolderError, match=r"can't be written \(Not a directory\)$"):
+        run.record({"step": 0}, [game("1+1")])
+
+
+def test_a_folder_where_the_metrics_belong_is_one_sentence(run):
+    run.metrics_file.mkdir()
+    with pytest.raises(RunFolderError) as refused:
+        run.record({"step": 0}, [])
+    assert str(refused.value) == f"{run.metrics_file}: can't be written (Is a directory)"
+
+
+def test_a_folder_without_a_run_can_not_be_resumed(tmp_path):
+    with pytest.raises(RunFolderError) as refused:
+        RunFolder(tmp_path).resumed_config({})
+    assert str(refused.value) == f"{tmp_path}: no run here (there is no config.toml)"
+
+
+# ---------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "value"),
+    [
+        ({"steps": 9}, "steps", 9),
+        ({"eval": {"every": 3}}, "eval.every", 3),
+        ({"checkpoint": {"every": 3}}, "checkpoint.every", 3),
+        ({"checkpoint": {"keep_last": 3}}, "checkpoint.keep_last", 3),
+        ({"log": {"progress": "none"}}, "log.progress", "none"),
+        ({"log": {"game_every_s": 0}}, "log.game_every_s", 0.0),
+        ({"seed": 7}, "seed", 7),  # as it was
+        ({}, "policy.path", "m"),
+    ],
+)
+def test_a_resumed_run_may_change_how_long_it_runs_and_its_cadences(run, overrides, name, value):
+    config = run.resumed_config(overrides)
+    assert flatten(config.model_dump())[name] == value
+    same = {k: v for k, v in flatten(config.model_dump()).items() if k != name}
+    assert same == {k: v for k, v in flatten(CONFIG.model_dump()).items() if k != name}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"seed": 8}, "seed = 8: was 7 when the run began"),
+        ({"algorithm": "lsp-zero"}, "algorithm = 'lsp-zero': was 'lsp' when the run began"),
+        ({"device": "cpu"}, "device = 'cpu': was 'auto' when the run began"),
+        ({"threads": 2}, "threads = 2: was None when the run began"),
+        ({"policy": {"path": "n"}}, "policy.path = 'n': was 'm' when the run began"),
+        ({"policy": {"chat_template_kwargs": {"x": 1}}}, "policy.chat_template_kwargs"),
+        ({"learner": {"lr": 1e-4}}, "learner.lr = 0.0001: was 3e-06 when the run began"),
+        ({"solver": {"beta": 0}}, "solver.beta = 0.0: was 0.05 when the run began"),
+        ({"eval": {"tasks": ["arena"]}}, "eval.tasks = ['arena']: was [] when the run began"),
+        ({"reward": {"main": {"weight": 2}}}, "reward.main.weight = 2.0: was 1.0"),
+        ({"reward": {"more": {"kind": "arena"}}}, "reward.more"),
+        ({"self_reward": {"rubric": "arena"}}, "self_reward.rubric = 'arena': was 'default'"),
+    ],
+)
+def test_a_resumed_run_may_change_nothing_else(run, overrides, sentence):
+    with pytest.raises(ConfigError) as refused:
+        run.resumed_config(overrides)
+    assert str(refused.value).startswith(sentence)
+    assert str(refused.value).endswith("; start a new run instead")
+
+
+def test_a_changed_configuration_file_counts_as_how_the_run_began(run):
+    run.write_config(CONFIG.model_copy(update={"seed": 8}))
+    assert run.resumed_config({}).seed == 8
+
+
+# ---------------------------------------------------------------- names and files
+
+
+def test_free_run_folder_counts_up_from_two(tmp_path):
+    assert free_run_folder("arena", tmp_path) == tmp_path / "arena"
+    (tmp_path / "arena").mkdir()
+    assert free_run_folder("arena", tmp_path) == tmp_path / "arena-2"
+    (tmp_path / "arena-2").write_text("")
+    assert free_run_folder("arena", tmp_path) == tmp_path / "arena-3"
+
+
+def test_flatten_gives_dotted_names_and_keeps_empty_tables():
+    assert flatten({"a": 1, "b": {"c": {"d": 2}, "e": {}}, "f": [1]}) == {
+        "a": 1,
+        "b.c.d": 2,
+        "b.e": {},
+        "f": [1],
+    }
+
+
+def test_replace_text_leaves_the_old_file_whole_if_it_fails(tmp_path):
+    file = tmp_path / "config.toml"
+    replace_text(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        replace_text(file, "new \ud800")
+    assert file.read_text() == "old"
+    replace_text(file, "new")
+    assert file.read_text() == "new"
+
+
+def test_replace_text_leaves_nothing_beside_the_file(tmp_path):
+    replace_text(tmp_path / "config.toml", "text")
+    assert [file.name for file in tmp_path.iterdir()] == ["config.toml"]
