@@ -184,7 +184,11 @@ def test_random_strings_of_the_alphabet_are_judged_as_the_independent_evaluator_
 
 
 @FUZZ
-@given(st.lists(st.sampled_from(["reverse", "sort", " ", "+", "-", "*", "0", "7", "42", "999", "kite"])))
+@given(
+    st.lists(
+        st.sampled_from(["reverse", "sort", " ", "+", "-", "*", "0", "7", "42", "999", "kite"])
+    )
+)
 def test_random_runs_of_the_arenas_words_are_judged_as_the_independent_evaluator_judges_them(words):
     query = "".join(words)
     assert outcome(query) == expected(query)

@@ -107,7 +107,9 @@ def test_the_chat_template_refuses_a_system_message(tokenizer):
 # ---------------------------------------------------------------- architecture
 
 
-def test_the_model_has_the_684_thousand_parameters_that_its_docstring_rounds_to_0_7_million(tokenizer):
+def test_the_model_has_the_684_thousand_parameters_that_its_docstring_rounds_to_0_7_million(
+    tokenizer,
+):
     import torch
     from transformers import LlamaForCausalLM
 

@@ -20,7 +20,9 @@ MODULE = [sys.executable, "-m", "language_self_play"]
 SCRIPT = [str(Path(sys.executable).with_name("lsp"))]
 
 # What a shell gives a command: a buffered standard output in UTF-8.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("PYTHONUNBUFFERED", "LSP_TRACEBACK")}
+ENVIRONMENT = {
+    k: v for k, v in os.environ.items() if k not in ("PYTHONUNBUFFERED", "LSP_TRACEBACK")
+}
 ENVIRONMENT |= {"PYTHONIOENCODING": "utf-8"}
 
 
@@ -106,9 +108,7 @@ def test_lsp_alone_shows_its_help(capsys):
         ("Paused", InterruptedError, 75),
     ],
 )
-def test_each_error_is_its_standard_kin_and_has_its_exit_code(
-    name, kin, code, monkeypatch, capsys
-):
+def test_each_error_is_its_standard_kin_and_has_its_exit_code(name, kin, code, monkeypatch, capsys):
     error = getattr(errors, name)
     assert issubclass(error, errors.LspError)
     assert issubclass(error, kin)
@@ -316,7 +316,9 @@ def test_what_is_no_model_is_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize("command", [["eval", "accuracy"], ["play"]], ids=" ".join)
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "abacus"}', '{"model_type": 3}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"model_type": "abacus"}', '{"model_type": 3}']
+)
 def test_a_damaged_model_folder_is_refused_in_one_sentence(
     command, content, tmp_path, monkeypatch, capsys
 ):

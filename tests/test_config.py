@@ -307,7 +307,10 @@ MISTAKES = {
     "list of int for texts": (VALID + "[challenger]\ntask = [3]\n", "challenger.task"),
     "list too short": (VALID + "[learner]\nbetas = [0.9]\n", "learner.betas"),
     "text for section": ('solver = "x"\n' + VALID, "solver = 'x': "),
-    "text for reward": ('[policy]\npath = "m"\n[reward]\nmain = "arena"\n', "reward.main = 'arena': "),
+    "text for reward": (
+        '[policy]\npath = "m"\n[reward]\nmain = "arena"\n',
+        "reward.main = 'arena': ",
+    ),
     "int for rewards": ('reward = 3\n[policy]\npath = "m"\n', "reward = 3: "),
     "zero steps": ("steps = 0\n" + VALID, "steps = 0: "),
     "negative seed": ("seed = -1\n" + VALID, "seed = -1: "),
@@ -329,7 +332,10 @@ MISTAKES = {
     "unknown kl": (VALID + '[learner]\nkl = "k4"\n', "learner.kl = 'k4': "),
     "unknown engine": (VALID + '[rollout]\nengine = "abacus"\n', "rollout.engine = 'abacus': "),
     "unknown evaluation": (VALID + '[eval]\ntasks = ["x"]\n', "eval.tasks.0 = 'x': "),
-    "unknown section": (VALID + "[solvr]\nbeta = 1\n", "solvr: no such setting; did you mean solver?"),
+    "unknown section": (
+        VALID + "[solvr]\nbeta = 1\n",
+        "solvr: no such setting; did you mean solver?",
+    ),
     "unknown setting": (
         VALID + "[solver]\ngroup_siz = 4\n",
         "solver.group_siz: no such setting; did you mean solver.group_size?",
@@ -481,7 +487,10 @@ COMMAND_LINES = {
     ),
     "--run without a folder": (["train", "ok.toml", "--run"], "argument --run: expected one"),
     "--run of nothing": (["train", "ok.toml", "--run", ""], "--run"),
-    "--run of a used folder": (["train", "ok.toml", "--run", "used"], "used: already holds a run; "),
+    "--run of a used folder": (
+        ["train", "ok.toml", "--run", "used"],
+        "used: already holds a run; ",
+    ),
     "--resume with --run": (
         ["train", "--resume", "used", "--run", "new"],
         "--resume takes its recipe and folder from the run; leave RECIPE and --run out",
@@ -525,7 +534,10 @@ COMMAND_LINES = {
     ),
     "unknown command": (["trian", "arena"], "'trian': no such command; one of train, "),
     "empty command": ([""], "'': no such command; "),
-    "unknown measure": (["eval", "acuracy", "arena"], "argument MEASURE: invalid choice: 'acuracy'"),
+    "unknown measure": (
+        ["eval", "acuracy", "arena"],
+        "argument MEASURE: invalid choice: 'acuracy'",
+    ),
     "no model to evaluate": (
         ["eval", "accuracy"],
         "the following arguments are required: MODEL (`lsp eval accuracy --help` shows how",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import chain
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_each_time_through_the_file_every_query_comes_once_in_another_order():
 
     queries = [str(i) for i in range(12)]
     steps = [queries_of_step(queries, step, 4, 0) for step in range(6)]
-    first, second = sum(steps[:3], []), sum(steps[3:], [])
+    first, second = list(chain(*steps[:3])), list(chain(*steps[3:]))
     assert Counter(first) == Counter(second) == Counter(queries)
     assert len({tuple(first), tuple(second), tuple(queries)}) == 3
 
@@ -76,7 +77,7 @@ def test_a_step_that_ends_a_pass_begins_the_next_one():
     from language_self_play.data import queries_of_step
 
     queries = [str(i) for i in range(5)]
-    drawn = sum((queries_of_step(queries, step, 3, 1) for step in range(5)), [])
+    drawn = list(chain(*(queries_of_step(queries, step, 3, 1) for step in range(5))))
     # 15 queries are three passes of 5.
     assert [Counter(drawn[i : i + 5]) for i in (0, 5, 10)] == [Counter(queries)] * 3
 

@@ -24,7 +24,15 @@ ROOMS = [
     ("the command's name", ["__main__"]),
     (
         "commands",
-        ["cli", "cli.train", "cli.evaluate", "cli.play", "cli.recipes", "cli.config", "cli.overrides"],
+        [
+            "cli",
+            "cli.train",
+            "cli.evaluate",
+            "cli.play",
+            "cli.recipes",
+            "cli.config",
+            "cli.overrides",
+        ],
     ),
     ("what a run would take", ["plan"]),
     ("Algorithm 1, which joins the rooms", ["train"]),
@@ -213,7 +221,9 @@ def test_libraries_are_imported_only_where_the_table_says(module):
 
 
 def test_the_table_of_libraries_names_no_module_that_does_without():
-    idle = {(lib, m) for lib, modules in LIBRARIES.items() for m in modules if lib not in libraries(m)}
+    idle = {
+        (lib, m) for lib, modules in LIBRARIES.items() for m in modules if lib not in libraries(m)
+    }
     assert idle == set()
 
 
@@ -233,9 +243,9 @@ def test_importing_the_package_brings_neither_torch_nor_pydantic():
 
 def test_the_light_modules_bring_neither_torch_nor_transformers():
     names = ", ".join(f"{PACKAGE}.{module}" for module in LIGHT)
-    assert python(f"import sys, {names}; print({{'torch', 'transformers'}} & set(sys.modules))") == (
-        "set()"
-    )
+    assert python(
+        f"import sys, {names}; print({{'torch', 'transformers'}} & set(sys.modules))"
+    ) == ("set()")
 
 
 def test_the_packages_names_load_on_first_use_and_unknown_ones_are_refused():

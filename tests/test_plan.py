@@ -94,7 +94,9 @@ def test_tokens_and_micro_batches_are_no_less_than_those_of_the_longest_possible
     solved = Groups("solver", [Group(prompt, answers)] * 32, 1.0, torch.zeros(32, 8))
     posed = Groups("challenger", [Group([1, 6, 2], queries)], 1.0, torch.zeros(32))
     batches = [
-        b for groups in (solved, posed) for b in micro_batches(groups, budget, 0, torch.device("cpu"))
+        b
+        for groups in (solved, posed)
+        for b in micro_batches(groups, budget, 0, torch.device("cpu"))
     ]
     assert plan["micro-batches, at most"] >= len(batches)
     assert plan["tokens learned from, at most"] >= 32 * (len(prompt) + 8 * 12) + 3 + 32 * 20

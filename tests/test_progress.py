@@ -126,9 +126,7 @@ def test_a_bar_is_for_terminals_and_lines_are_for_logs(asked, terminal, kind, mo
     stdout = io.StringIO()
     stdout.isatty = lambda: terminal
     monkeypatch.setattr("sys.stdout", stdout)
-    config = CONFIG.model_copy(
-        update={"log": CONFIG.log.model_copy(update={"progress": asked})}
-    )
+    config = CONFIG.model_copy(update={"log": CONFIG.log.model_copy(update={"progress": asked})})
     assert type(build_progress(config, 0)) is kind
 
 

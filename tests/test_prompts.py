@@ -180,7 +180,11 @@ def test_a_criterion_is_asked_as_a_yes_or_no_question():
 
 @pytest.mark.parametrize(
     ("text", "missing"),
-    [("Grade {query}.", "{answer}"), ("Grade {answer}.", "{query}"), ("Grade { query }", "{query}")],
+    [
+        ("Grade {query}.", "{answer}"),
+        ("Grade {answer}.", "{query}"),
+        ("Grade { query }", "{query}"),
+    ],
 )
 def test_a_rubric_file_without_a_placeholder_is_refused_by_field_and_placeholder(
     tmp_path, text, missing

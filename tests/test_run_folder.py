@@ -67,7 +67,9 @@ def test_a_run_without_records_has_no_metrics(run):
     assert list(run.metrics()) == []
 
 
-@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r", "\n"])
+@pytest.mark.parametrize(
+    "separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r", "\n"]
+)
 def test_games_survive_every_line_separator_that_a_model_may_write(run, separator):
     games = [game(f"one{separator}two"), game("three")]
     run.write_games(1, games)

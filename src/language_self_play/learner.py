@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -65,11 +65,7 @@ class Learner:
     def _backward(self, groups: Groups, weight: float, beta: float, result: StepResult) -> None:
         """Add weight · L to the gradients, and what it measures to `result`."""
         section, model, role = self.config.learner, self.policy.model, groups.role
-        batches = list(
-            micro_batches(
-                groups, section.tokens_per_micro_batch, self.policy.chat.pad_id, model.device
-            )
-        )
+        batches = self._micro_batches(groups)
         num_completions = sum(b.mask_BKT[..., 0].numel() for b in batches)
         num_tokens = sum(int(b.mask_BKT.sum()) for b in batches)
         if num_completions == 0:
@@ -77,14 +73,16 @@ class Learner:
         references = self._reference_logprobs(batches, groups.temperature)
         penalties = None
         if references and section.kl == "reward" and beta:
-            penalties = kl_penalties(groups, batches, references, beta)
+            penalties = self._kl_penalties(groups, beta)
         kl_sum = entropy_sum = 0.0
         for i, batch in enumerate(batches):
             advantages_BK = batch.advantages_BK
             if penalties is not None:
                 advantages_BK = advantages_BK - penalties[batch.index_BK].to(advantages_BK.device)
-            logprobs = completion_logprobs(model, batch, groups.temperature).flatten(0, 1)
             mask = batch.mask_BKT.flatten(0, 1)
+            # Padding is 0 in both log-probs: an infinite term there would be NaN in the gradient.
+            logprobs = completion_logprobs(model, batch, groups.temperature).flatten(0, 1)
+            logprobs = torch.where(mask, logprobs, 0.0)
             terms = policy_gradient(logprobs, advantages_BK.flatten())
             if references:
                 reference = references[i].flatten(0, 1)
@@ -107,22 +105,27 @@ class Learner:
         reference = self.policy.reference
         if reference is None:
             return []
-        return [completion_logprobs(reference, batch, temperature) for batch in batches]
+        return [
+            torch.where(batch.mask_BKT, completion_logprobs(reference, batch, temperature), 0.0)
+            for batch in batches
+        ]
 
+    def _kl_penalties(self, groups: Groups, beta: float) -> Tensor:
+        """What the KL folded into the reward takes from each completion's advantage, flat.
 
-def kl_penalties(
-    groups: Groups, batches: list[MicroBatch], references: list[Tensor], beta: float
-) -> Tensor:
-    """What the KL folded into the reward takes from each completion's advantage, flat.
+        Each completion's own β · Σ_t log(π/π_Ref), detached, is subtracted from its reward before
+        centring; centring is linear, so its centred value may be subtracted from the advantage.
+        The sampler's log-probs are log π. Completions that are masked from the loss count in the
+        centring, as their rewards do.
+        """
+        batches = self._micro_batches(replace(groups, keep=None))
+        penalties = torch.tensor([sum(c.logprobs) for c in groups.completions()])
+        references = self._reference_logprobs(batches, groups.temperature)
+        for batch, reference in zip(batches, references, strict=True):
+            penalties[batch.index_BK] -= reference.sum(-1).cpu()
+        return beta * centre(penalties.view(len(groups.groups), -1)).flatten()
 
-    Each completion's own β · Σ_t log(π/π_Ref), detached, is subtracted from its reward before
-    centring; centring is linear, so its centred value may be subtracted from the advantage. The
-    sampler's log-probs are log π.
-    """
-    completions = groups.completions()
-    penalties = torch.zeros(len(completions))
-    for batch, reference in zip(batches, references, strict=True):
-        sums = torch.where(batch.mask_BKT, reference, 0.0).sum(-1).cpu()
-        own = [[sum(completions[k].logprobs) for k in row] for row in batch.index_BK.tolist()]
-        penalties[batch.index_BK] = beta * (torch.tensor(own) - sums)
-    return centre(penalties.view(len(groups.groups), -1)).flatten()
+    def _micro_batches(self, groups: Groups) -> list[MicroBatch]:
+        budget = self.config.learner.tokens_per_micro_batch
+        pad_id, device = self.policy.chat.pad_id, self.policy.model.device
+        return list(micro_batches(groups, budget, pad_id, device))

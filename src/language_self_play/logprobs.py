@@ -34,9 +34,11 @@ def draw_tokens(
     # A float64 sum keeps the tail of a large vocabulary reachable; MPS has no float64.
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     cumulative = kept.to(wide).cumsum(-1)
-    target = uniforms.to(cumulative.device, wide) * cumulative[:, -1]
+    below_one = 1 - torch.finfo(wide).eps
+    target = uniforms.to(cumulative.device, wide).clamp_max(below_one) * cumulative[:, -1]
     # right=True steps over tokens of probability 0.
     tokens = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
+    # NaN has no place in the order; its log-prob below says so.
     tokens = tokens.clamp_max(logits.shape[-1] - 1)
     return tokens, token_logprobs(logits, tokens, temperature)
 

@@ -68,9 +68,16 @@ def answer_queries(sampler: Sampler, queries: list[str], settings: Solver) -> So
     """a_ij ~ π_θ(· | q_i), j = 1 … G: one group for each query. Paper, Section 2.
 
     The query is a plain user message; nothing tells the model that it is the Solver. Answers cut
-    off by the length limit leave the loss if settings.truncated is "mask".
+    off by the length limit leave the loss if settings.truncated is "mask". Raises ConfigError for
+    a query that leaves no room in the context; posed ones have been checked.
     """
     prompts = [sampler.chat.encode(query, settings.system_prompt) for query in queries]
+    for query, prompt in zip(queries, prompts, strict=True):
+        if len(prompt) >= sampler.context_length:
+            raise ConfigError(
+                f"the query {query[:60]!r} takes {len(prompt)} tokens, and the model's context has"
+                f" only {sampler.context_length}; remove it, or use a model with a longer context"
+            )
     groups = sampler.sample(prompts, settings.group_size, "solver", settings, settings.max_tokens)
     keep = None
     if settings.truncated == "mask":

@@ -22,8 +22,8 @@ _UNIFORM_BITS = 53
 
 def stream_key(seed: int, *parts: int | str) -> int:
     """A 64-bit key for (seed, *parts), such as (seed, step, role)."""
-    key = _mix(seed)
-    for part in parts:
+    key = 0
+    for part in (seed, *parts):
         number = zlib.crc32(part.encode()) if isinstance(part, str) else part
         key = _mix(key ^ _mix(number))
     return key

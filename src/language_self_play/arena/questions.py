@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+from functools import cache
 
 from language_self_play.arena.tasks import (
     MIN_LETTERS,
@@ -101,7 +102,8 @@ def draw_human_query(rng: random.Random) -> str:
     return draw_learnable_query(rng, rng.choices(TIERS, HUMAN_TIER_WEIGHTS)[0])
 
 
-def held_out_problems() -> list[tuple[str, Problem]]:
+@cache
+def held_out_problems() -> tuple[tuple[str, Problem], ...]:
     """The evaluation set: HELD_OUT_PER_TIER (query, problem) pairs a tier, tasks in turn."""
     rng = random.Random(HELD_OUT_SEED)
     held_out: list[tuple[str, Problem]] = []
@@ -115,7 +117,7 @@ def held_out_problems() -> list[tuple[str, Problem]]:
             if is_held_out(problem):
                 chosen.setdefault(query, problem)
         held_out += chosen.items()
-    return held_out
+    return tuple(held_out)
 
 
 def _draw_number(rng: random.Random, digits: int) -> int:

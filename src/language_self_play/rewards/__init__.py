@@ -6,7 +6,7 @@ A reward is a function of flat lists, `reward(queries, answers) -> one number fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,8 +34,7 @@ class RewardSum:
         if pairs:
             flat_queries, flat_answers = map(list, zip(*pairs, strict=True))
             for name, (weight, function) in self.terms.items():
-                values = _call(name, function, flat_queries, flat_answers)
-                total += weight * torch.tensor(values, dtype=torch.float32)
+                total += weight * _call(name, function, flat_queries, flat_answers)
         return total.view(len(queries), len(answers[0]) if answers else 0)
 
 
@@ -55,31 +54,33 @@ def build_reward(config: Config) -> RewardSum:
     return RewardSum(terms)
 
 
-def _call(
-    name: str, function: RewardFunction, queries: list[str], answers: list[str]
-) -> list[float]:
+def _call(name: str, function: RewardFunction, queries: list[str], answers: list[str]) -> Tensor:
+    """The reward's values as float32, one for each pair."""
     try:
         returned = function(queries, answers)
+        values = list(returned) if isinstance(returned, Iterable) else [returned]
     except Exception as error:
         # A reward is the user's code; whatever it raises is reported under its name.
         raise RewardError(f"reward.{name}: raised {type(error).__name__}: {error}") from error
     try:
-        values = [float(value) for value in returned]
-    except (TypeError, ValueError):
+        if not isinstance(returned, Iterable) or any(isinstance(v, str) for v in values):
+            raise TypeError("not a list of numbers")
+        numbers = torch.tensor([float(value) for value in values], dtype=torch.float32)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise RewardError(
             f"reward.{name}: returned {_shown(returned)}; it must return a list of numbers"
         ) from None
-    if len(values) != len(queries):
+    if len(numbers) != len(queries):
         raise RewardError(
-            f"reward.{name}: returned {len(values)} numbers for {len(queries)} (query, answer) pairs"
+            f"reward.{name}: returned {len(numbers)} numbers for {len(queries)} (query, answer) pairs"
         )
-    for value, query, answer in zip(values, queries, answers, strict=True):
-        if not math.isfinite(value):
+    for value, number, query, answer in zip(values, numbers, queries, answers, strict=True):
+        if not math.isfinite(number):
             raise NonFiniteError(
                 f"reward.{name}: returned {value} for query {_shown(query)} and answer"
-                f" {_shown(answer)}; a reward must be finite"
+                f" {_shown(answer)}; a reward must be finite in float32"
             )
-    return values
+    return numbers
 
 
 def _shown(value: object, limit: int = 200) -> str:

@@ -42,11 +42,18 @@ class QualityJudge:
         elif settings.mode == "expected":
             digits = [str(s) for s in range(MAX_SCORE + 1)]
             self.digits = _next_tokens(sampler.chat, SCORE_PREFIX, digits)
-        length = len(self._prompts([("", "")])[0])
-        if length >= sampler.context_length:
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """Raises ConfigError if not even an empty pair fits into the context with the rubric."""
+        prompts = self._prompts([("", "")])
+        if self.settings.mode == "criteria":
+            prompts = self._criterion_prompts([("", "")])
+        longest = max(map(len, prompts))
+        if longest >= self.sampler.context_length:
             raise ConfigError(
-                f"self_reward.rubric: takes {length} tokens, and the model's context has only"
-                f" {sampler.context_length}; use a shorter rubric"
+                f"self_reward.rubric: takes {longest} tokens, and the model's context has only"
+                f" {self.sampler.context_length}; use a shorter rubric"
             )
 
     def __call__(self, queries: list[str], answers: list[list[str]]) -> Tensor:
@@ -54,6 +61,7 @@ class QualityJudge:
         pairs = [(q, a) for q, group in zip(queries, answers, strict=True) for a in group]
         distinct = list(dict.fromkeys(pairs))
         if not distinct:
+            self.unparsable_fraction = 0.0
             return torch.zeros(0, 0)
         scores = dict(zip(distinct, self.score(distinct), strict=True))
         rewards_NG = torch.tensor([scores[pair] for pair in pairs]).view(len(queries), -1)
@@ -93,12 +101,7 @@ class QualityJudge:
         return [None if row is None else sum(s * p for s, p in enumerate(row)) for row in rows]
 
     def _criteria(self, pairs: list[tuple[str, str]]) -> list[float | None]:
-        prompts = [
-            self.sampler.chat.encode(criterion_prompt(criterion, query, answer))
-            for query, answer in pairs
-            for criterion in self.criteria
-        ]
-        rows = self._next_token(prompts, self.no_yes)
+        rows = self._next_token(self._criterion_prompts(pairs), self.no_yes)
         yes = [None if row is None else sum(row[1::2]) for row in rows]
         by_pair = [yes[i : i + MAX_SCORE] for i in range(0, len(yes), MAX_SCORE)]
         return [
@@ -110,6 +113,13 @@ class QualityJudge:
         return [
             self.sampler.chat.encode(judge_prompt(self.rubric, q, a), prefill=prefill)
             for q, a in pairs
+        ]
+
+    def _criterion_prompts(self, pairs: list[tuple[str, str]]) -> list[list[int]]:
+        return [
+            self.sampler.chat.encode(criterion_prompt(criterion, query, answer))
+            for query, answer in pairs
+            for criterion in self.criteria
         ]
 
     def _fits(self, prompt: list[int]) -> bool:

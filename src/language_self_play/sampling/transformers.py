@@ -99,8 +99,6 @@ class TransformersSampler:
         repeats = len(next(iter(rows.values())))
         where = [(i, j) for i, completions in rows.items() for j in completions]
         ids_BP, mask_BP = pad_left([prompts[i] for i in rows], self.chat.pad_id, device)
-        lengths = mask_BP.sum(-1)
-        room = self.context_length - int(lengths.max())
         cache = DynamicCache(config=self.model.config)
         logits = self.model(
             input_ids=ids_BP,
@@ -113,19 +111,19 @@ class TransformersSampler:
         cache.batch_repeat_interleave(repeats)
         logits = logits.repeat_interleave(repeats, 0)
         mask = mask_BP.repeat_interleave(repeats, 0)
-        positions = lengths.repeat_interleave(repeats)
+        positions = mask.sum(-1)  # where each row's next token stands
         index = torch.tensor(where)  # on the CPU, as the uniforms are: MPS has no float64
         eos = torch.tensor(self.chat.eos_ids, device=device)
         drawn: list[tuple[Tensor, Tensor, Tensor]] = []
         alive = torch.arange(len(where))
-        for position in range(min(max_tokens, room)):
+        for position in range(max_tokens):
             uniform = uniforms(key, index[alive, 0], index[alive, 1], position)
             token, logprob = draw_tokens(
                 logits, uniform, settings.temperature, settings.top_p, settings.top_k
             )
             drawn.append((alive, token, logprob))
-            going = ~torch.isin(token, eos)
-            if position + 1 == min(max_tokens, room) or not going.any():
+            going = ~torch.isin(token, eos) & (positions + 1 < self.context_length)
+            if position + 1 == max_tokens or not going.any():
                 break
             if not going.all():
                 left = going.nonzero().squeeze(-1)
