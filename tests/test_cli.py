@@ -423,6 +423,7 @@ class ScriptedGame:
         chat = SimpleNamespace(encode=lambda query, system: [0])
         self.sampler = SimpleNamespace(
             chat=chat,
+            context_length=128,
             sample=lambda prompts, n, *rest: [Group(p, [reply] * n) for p in prompts],
         )
 

@@ -15,7 +15,6 @@ from language_self_play.cli.overrides import split_overrides
 from language_self_play.config import (
     Challenger,
     Config,
-    Learner,
     Solver,
     fields,
     load_recipe,
@@ -108,11 +107,27 @@ def test_what_is_unset_is_left_out_when_written_back_and_every_default_is_writte
 def test_defaults_are_the_papers_where_it_gives_them():
     assert Challenger().num_queries == 8
     assert (Challenger().beta, Solver().beta) == (0.05, 0.05)
-    assert Learner().lr == 3e-6
     assert Solver().system_prompt is None
     config = Config.from_table(TABLE)
     assert (config.algorithm, config.steps, config.self_reward.weight) == ("lsp", 1500, 1.0)
     assert (config.learner.aggregation, config.self_reward.mode) == ("sequence", "generate")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "learner", "lr"),
+    [
+        ("lsp", {}, 3e-6),
+        ("lsp-zero", {}, 3e-6),
+        ("grpo", {}, 1e-6),
+        ("lsp", {"lr": 2e-4}, 2e-4),
+        ("grpo", {"lr": 2e-4}, 2e-4),
+    ],
+)
+def test_the_learning_rate_is_the_papers_for_the_algorithm_unless_it_is_set(algorithm, learner, lr):
+    config = Config.from_table(
+        TABLE | {"algorithm": algorithm, "learner": learner, "data": {"path": "q.jsonl"}}
+    )
+    assert config.lr == lr
 
 
 def test_a_configuration_is_frozen():
@@ -247,19 +262,43 @@ def test_overrides_win_over_the_recipe():
 # ---------------------------------------------------------------- what is listed
 
 
+# Recipes, flags and run folders of users hold these names.
+RELIED_ON = {
+    *["algorithm", "steps", "seed", "device", "threads"],
+    *["policy.path", "policy.chat_template", "policy.chat_template_kwargs"],
+    *[
+        "challenger.temperature",
+        "challenger.top_p",
+        "challenger.top_k",
+        "challenger.max_tokens",
+        "challenger.beta",
+        "challenger.prompt",
+        "challenger.task",
+        "challenger.template",
+        "challenger.num_queries",
+        "challenger.alpha",
+    ],
+    *[
+        "solver.temperature",
+        "solver.top_p",
+        "solver.top_k",
+        "solver.max_tokens",
+        "solver.beta",
+        "solver.group_size",
+        "solver.system_prompt",
+    ],
+    *["self_reward.mode", "self_reward.weight", "self_reward.rubric"],
+    *["reward.NAME.weight"],
+    *["learner.lr", "learner.kl", "learner.aggregation", "learner.tokens_per_micro_batch"],
+    *["checkpoint.every", "checkpoint.keep_last"],
+    *["eval.every"],
+}
+
+
 def test_the_settings_that_users_rely_on_are_there_under_their_names():
     names = [field.name for field in fields()]
     assert len(names) == len(set(names))
-    assert set(names) >= set(
-        """algorithm steps seed device threads policy.path policy.chat_template
-        policy.chat_template_kwargs challenger.temperature challenger.top_p challenger.top_k
-        challenger.max_tokens challenger.beta challenger.prompt challenger.task challenger.template
-        challenger.num_queries challenger.alpha solver.temperature solver.top_p solver.top_k
-        solver.max_tokens solver.beta solver.group_size solver.system_prompt self_reward.mode
-        self_reward.weight self_reward.rubric reward.NAME.weight learner.lr learner.kl
-        learner.aggregation learner.tokens_per_micro_batch checkpoint.every checkpoint.keep_last
-        eval.every""".split()
-    )
+    assert set(names) >= RELIED_ON
 
 
 def test_every_setting_has_a_meaning():

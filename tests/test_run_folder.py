@@ -245,7 +245,7 @@ def test_a_resumed_run_may_change_how_long_it_runs_and_its_cadences(run, overrid
         ({"threads": 2}, "threads = 2: was None when the run began"),
         ({"policy": {"path": "n"}}, "policy.path = 'n': was 'm' when the run began"),
         ({"policy": {"chat_template_kwargs": {"x": 1}}}, "policy.chat_template_kwargs"),
-        ({"learner": {"lr": 1e-4}}, "learner.lr = 0.0001: was 3e-06 when the run began"),
+        ({"learner": {"lr": 1e-4}}, "learner.lr = 0.0001: was None when the run began"),
         ({"solver": {"beta": 0}}, "solver.beta = 0.0: was 0.05 when the run began"),
         ({"eval": {"tasks": ["arena"]}}, "eval.tasks = ['arena']: was [] when the run began"),
         ({"reward": {"main": {"weight": 2}}}, "reward.main.weight = 2.0: was 1.0"),

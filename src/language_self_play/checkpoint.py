@@ -11,9 +11,11 @@ its place and renamed: it is whole or absent. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -21,8 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from language_self_play.errors import RunFolderError
-from language_self_play.policy import Policy, load_weights, weights_hash
 from language_self_play.run_folder import RunFolder, remove_folder
+
+if TYPE_CHECKING:
+    from language_self_play.policy import Policy
 
 
 def save_checkpoint(
@@ -74,14 +78,20 @@ def load_checkpoint(run: RunFolder, policy: Policy, optimizer: torch.optim.Optim
             f"{place}: the reference model has changed since the run began; restore the model that"
             " policy.path named then, or start a new run"
         )
-    load_weights(policy.model, place / "model")
+    policy.load_weights(place / "model")
     _restore_optimizer(policy, optimizer, tensors)
     return int(step)
 
 
 def reference_hash(policy: Policy) -> str | None:
-    """Hash of the reference's weights; None where no reference is loaded."""
-    return None if policy.reference is None else weights_hash(policy.reference)
+    """SHA-256 over the reference's weights; None where no reference is loaded."""
+    if policy.reference is None:
+        return None
+    digest = hashlib.sha256()
+    for name, weight in sorted(policy.reference.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -19,12 +19,21 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pydantic
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
 from language_self_play.errors import ConfigError, InputFileError
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Texts = str | list[str]
+# Strict: true is no number, and "5" neither.
+PositiveInt = Annotated[int, Field(strict=True, gt=0)]
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
+AtLeastTwo = Annotated[int, Field(strict=True, ge=2)]
+Float = Annotated[float, Field(strict=True)]
+PositiveFloat = Annotated[float, Field(strict=True, gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(strict=True, ge=0.0)]
+Nucleus = Annotated[float, Field(strict=True, gt=0.0, le=1.0)]
+Decay = Annotated[float, Field(strict=True, ge=0.0, lt=1.0)]
+Name = Annotated[str, Field(min_length=1)]
+Texts = str | Annotated[list[str], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -39,19 +48,17 @@ class Sampling(Section):
     temperature: PositiveFloat = Field(
         1.0, description="Sampling temperature τ; log-probs are of softmax(logits / τ). Our choice."
     )
-    top_p: float = Field(
+    top_p: Nucleus = Field(
         1.0,
-        gt=0.0,
-        le=1.0,
         description="Nucleus of the distribution that is sampled from; below 1 biases the gradient.",
     )
-    top_k: int = Field(
-        0, ge=0, description="Tokens sampled from, 0 for all; above 0 biases the gradient."
+    top_k: NonNegativeInt = Field(
+        0, description="Tokens sampled from, 0 for all; above 0 biases the gradient."
     )
 
 
 class Policy(Section):
-    path: str = Field(
+    path: Name = Field(
         description="The model: a folder, a hub id, or `arena` for the built-in tiny model."
     )
     chat_template: str | None = Field(
@@ -74,7 +81,7 @@ class Challenger(Sampling):
     template: Texts = Field(
         "", description="Output template with {placeholders} that a valid query fills."
     )
-    num_queries: int = Field(8, ge=2, description="N, queries posed a step.")
+    num_queries: AtLeastTwo = Field(8, description="N, queries posed a step.")
     alpha: NonNegativeFloat = Field(
         1.0, description="α_Ch, weight of the Challenger's loss. Our choice."
     )
@@ -83,7 +90,7 @@ class Challenger(Sampling):
 
 
 class Solver(Sampling):
-    group_size: int = Field(8, ge=2, description="G, answers to each query. Our choice.")
+    group_size: AtLeastTwo = Field(8, description="G, answers to each query. Our choice.")
     system_prompt: str | None = Field(
         None, description="System message before the query; the paper has none."
     )
@@ -123,7 +130,7 @@ class SelfReward(Section):
 
 
 class RewardSection(Section):
-    weight: float = Field(1.0, description="Weight of this reward in the sum R(q, a).")
+    weight: Float = Field(1.0, description="Weight of this reward in the sum R(q, a).")
 
 
 class ArenaReward(RewardSection):
@@ -150,7 +157,7 @@ class Learner(Section):
         description="Learning rate of AdamW; unset it is the paper's, 3e-6 for lsp and lsp-zero and"
         " 1e-6 for grpo.",
     )
-    betas: tuple[Fraction, Fraction] = Field(
+    betas: tuple[Decay, Decay] = Field(
         (0.9, 0.999), description="AdamW's moment decays. Our choice."
     )
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay. Our choice.")
@@ -220,10 +227,14 @@ class Config(Section):
         " Solver's half on a fixed set of queries.",
     )
     steps: PositiveInt = Field(1500, description="Optimizer steps S.")
-    seed: int = Field(
-        0, ge=0, lt=2**31, description="Every random draw is a function of it and the step."
+    seed: NonNegativeInt = Field(
+        0, lt=2**31, description="Every random draw is a function of it and the step."
     )
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:N` or `mps`.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="`auto`, `cpu`, `cuda`, `cuda:N` or `mps`.",
+    )
     threads: PositiveInt | None = Field(
         None, description="CPU threads; by default what torch chooses, then kept for the run."
     )
@@ -311,10 +322,9 @@ def recipe_text(recipe: str | os.PathLike[str]) -> str:
     """The TOML text of a shipped recipe or of a file. Raises InputFileError."""
     path = Path(recipe)
     if os.fspath(recipe) in recipe_names():
-        return (resources.files("language_self_play") / "recipes" / f"{recipe}.toml").read_text(
-            "utf-8"
-        )
-    if path.suffix != ".toml" and not path.exists():
+        shipped = resources.files("language_self_play") / "recipes" / f"{recipe}.toml"
+        return shipped.read_text("utf-8")
+    if path.suffix != ".toml" and not os.path.lexists(path):
         raise InputFileError(
             f"{recipe}: no such recipe or file; shipped recipes are {', '.join(recipe_names())}"
         )
@@ -334,18 +344,20 @@ def load_recipe(recipe: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputFileError(f"{recipe}: not valid TOML: {error}") from None
 
 
-def read_text(path: Path) -> str:
-    """The text of a file that the user named. Raises InputFileError, in one sentence."""
+def read_text(path: Path, setting: str | None = None) -> str:
+    """The text of a file that the user named, in `setting`. Raises InputFileError."""
+    named = f"{setting} = {os.fspath(path)!r}" if setting else f"{path}"
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:
-        raise InputFileError(f"{path}: no such file") from None
+        raise InputFileError(f"{named}: no such file") from None
     except IsADirectoryError:
-        raise InputFileError(f"{path}: is a folder; a file is needed") from None
+        raise InputFileError(f"{named}: is a folder; a file is needed") from None
     except UnicodeDecodeError:
-        raise InputFileError(f"{path}: not a text file in UTF-8") from None
-    except OSError as error:
-        raise InputFileError(f"{path}: can't be read ({error.strerror})") from None
+        raise InputFileError(f"{named}: not a text file in UTF-8") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputFileError(f"{named}: can't be read ({reason})") from None
 
 
 def merge(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,7 +374,8 @@ def merge(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
 def parse_override(name: str, value: str) -> dict[str, Any]:
     """The nested table for a flag `--name value`: a TOML value, or text where text is wanted."""
     *sections, leaf = name.split(".")
-    table: dict[str, Any] = {leaf: value if _wants_text(name) else _toml_value(value)}
+    as_text = _wants_text(name) and not value.startswith("[")
+    table: dict[str, Any] = {leaf: value if as_text else _toml_value(value)}
     for section in reversed(sections):
         table = {section: table}
     return table
@@ -378,8 +391,7 @@ def _toml_value(value: str) -> Any:
 def _wants_text(name: str) -> bool:
     for field in fields():
         if field.name == name:
-            kinds = set(get_args(field.annotation)) or {field.annotation}
-            return kinds <= {str, NoneType}
+            return field.type.split(" | ")[0] == "text"
     return False
 
 
@@ -451,27 +463,41 @@ def type_name(annotation: Any) -> str:
 # ---------------------------------------------------------------- error sentences
 
 
-def _sentences(error: pydantic.ValidationError) -> Iterator[str]:
-    for problem in error.errors(include_url=False):
-        # Discriminated unions put the kind into the location; the user never typed it there.
-        location = [str(part) for part in problem["loc"]]
-        if location[:1] == ["reward"] and len(location) > 2:
-            del location[2]
-        name = ".".join(location)
-        match problem["type"]:
-            case "extra_forbidden":
-                yield _unknown_name(name, location)
-            case "missing":
-                yield f"{name}: missing; it has no default ({_description(name)})"
-            case "value_error":
-                yield str(problem["ctx"]["error"])
-            case "union_tag_invalid" | "union_tag_not_found":
-                given = problem["input"].get("kind") if isinstance(problem["input"], dict) else None
-                shown = f"{given!r} is unknown" if given else "missing"
-                yield f"{name}.kind: {shown}; one of {', '.join(reward_kinds())}"
-            case _:
-                reason = problem["msg"].removeprefix("Input ").replace("should be", "must be")
-                yield f"{name} = {problem['input']!r}: {reason}"
+def _sentences(error: pydantic.ValidationError) -> list[str]:
+    """One sentence for each mistake, without repetitions."""
+    return list(dict.fromkeys(map(_sentence, error.errors(include_url=False))))
+
+
+def _sentence(problem: Mapping[str, Any]) -> str:
+    # Unions put their branch into the location (a kind, or a type); the user never typed it there.
+    location = [str(part) for part in problem["loc"]]
+    if location[:1] == ["reward"] and len(location) > 2:
+        del location[2]
+    branches = [part for part in location if part == "str" or part.startswith("list[")]
+    if branches:
+        location = location[: location.index(branches[0])]
+    name = ".".join(location)
+    given = repr(problem["input"])
+    match problem["type"]:
+        case "extra_forbidden":
+            return _unknown_name(name, location)
+        case "missing":
+            return f"{name}: missing; it has no default ({_description(location)})"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+        case "union_tag_invalid" | "union_tag_not_found":
+            kind = problem["input"].get("kind") if isinstance(problem["input"], dict) else None
+            shown = f"{kind!r} is unknown" if kind else "missing"
+            return f"{name}.kind: {shown}; one of {', '.join(reward_kinds())}"
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return f"{name} = {given}: must be a table, such as [{name}]"
+        case "string_type" | "list_type" if branches:
+            return f"{name} = {given}: must be text or a list of texts"
+        case "string_pattern_mismatch":
+            return f"{name} = {given}: must be one of: {_description(location)}"
+        case _:
+            reason = problem["msg"].removeprefix("Input ").replace("should", "must")
+            return f"{name} = {given}: {reason}"
 
 
 def _unknown_name(name: str, location: list[str]) -> str:
@@ -496,6 +522,8 @@ def _unknown_name(name: str, location: list[str]) -> str:
     return f"{name}: no such setting; {hint}"
 
 
-def _description(name: str) -> str:
+def _description(location: list[str]) -> str:
+    if location[0] == "reward":
+        location = ["reward", "NAME", *location[2:]]
     known = {f.name: f.description for f in fields()}
-    return known.get(name, "`lsp config` lists every setting").rstrip(".")
+    return known.get(".".join(location), "`lsp config` lists every setting").rstrip(".")

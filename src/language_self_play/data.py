@@ -20,7 +20,7 @@ def load_queries(section: Data) -> list[str]:
     if section.path == BUILT_IN_QUERIES:
         path = Path(str(resources.files("language_self_play"))) / "arena" / "human_queries.jsonl"
     queries = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -7,14 +7,17 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from language_self_play.advantages import challenger_rewards
-from language_self_play.learner import StepResult
 from language_self_play.run_folder import Record
 from language_self_play.types import Posed, Query, Solved
+
+if TYPE_CHECKING:
+    from language_self_play.learner import StepResult
 
 BYTES_PER_GIB = 2**30
 

@@ -35,43 +35,47 @@ def print_plan(config: Config) -> None:
 
 
 def batch_arithmetic(config: Config) -> dict[str, int]:
-    """Sequences and, at most, tokens and micro-batches of one step; the number of steps."""
+    """Sequences, and at most how many tokens and micro-batches, of one step; the number of steps.
+
+    Raises what a run would raise before it loads weights.
+    """
     from language_self_play.policy import load_chat
-    from language_self_play.train import challenger_prompt_of_step, check_without_weights
+    from language_self_play.train import challenger_prompts, check_without_weights
 
     check_without_weights(config)
     chat = load_chat(config.policy)
     N, G = config.challenger.num_queries, config.solver.group_size
-    budget = config.learner.tokens_per_micro_batch
-    solver_group = config.challenger.max_tokens + G * config.solver.max_tokens
-    groups_at_once = max(1, budget // solver_group)
-    tokens = N * solver_group
-    micro_batches = -(-N // groups_at_once) if solver_group <= budget else -(-tokens // budget)
+    frame = len(chat.encode("", config.solver.system_prompt))
+    query = frame + config.challenger.max_tokens
+    tokens, micro_batches = _learned(config, N, query, G, config.solver.max_tokens)
     plan = {"queries (N)": N, "answers (N x G)": N * G}
     if config.algorithm != "grpo":
-        prompt = len(chat.encode(challenger_prompt_of_step(config, 0).text))
-        challenger_group = prompt + N * config.challenger.max_tokens
+        prompt = max(len(chat.encode(p.text)) for p in challenger_prompts(config))
         plan["challenger prompt, tokens"] = prompt
-        tokens += challenger_group
-        micro_batches += -(-challenger_group // budget)
+        more = _learned(config, 1, prompt, N, config.challenger.max_tokens)
+        tokens, micro_batches = tokens + more[0], micro_batches + more[1]
     plan["tokens learned from, at most"] = tokens
     plan["micro-batches, at most"] = micro_batches
     plan["optimizer steps of the run"] = config.steps
     return plan
 
 
+def _learned(config: Config, groups: int, P: int, K: int, T: int) -> tuple[int, int]:
+    """(tokens, micro-batches) of groups that are all as long as they may be; see packing."""
+    budget = config.learner.tokens_per_micro_batch
+    rows = max(1, (budget - P) // T)
+    slices = -(-K // rows)
+    slices_at_once = max(1, budget // (P + min(K, rows) * T))
+    return groups * (slices * P + K * T), -(-groups * slices // slices_at_once)
+
+
 def memory_estimate(config: Config) -> dict[str, int]:
     """Bytes by part, from the model's own config; activations of one full micro-batch."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from language_self_play.policy import load_model_config, num_parameters
 
-    from language_self_play.policy import resolve_model
-
-    model_config = AutoConfig.from_pretrained(resolve_model(config.policy.path))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+    model_config = load_model_config(config.policy.path)
     text = model_config.get_text_config()
-    weights = FLOAT32_BYTES * sum(p.numel() for p in model.parameters())
+    weights = FLOAT32_BYTES * num_parameters(config.policy.path)
     tokens = config.learner.tokens_per_micro_batch
     feed_forward = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     # Per token and layer: about 8 hidden-sized and 4 feed-forward-sized tensors are kept for the

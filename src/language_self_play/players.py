@@ -36,11 +36,7 @@ def pose_queries(
     Raises ConfigError if the prompt does not fit into the model's context.
     """
     tokens = sampler.chat.encode(prompt.text)
-    if len(tokens) >= sampler.context_length:
-        raise ConfigError(
-            f"challenger.prompt: takes {len(tokens)} tokens, and the model's context has only"
-            f" {sampler.context_length}; use a shorter prompt, or a model with a longer context"
-        )
+    check_challenger_prompt(tokens, sampler.context_length)
     [group] = sampler.sample(
         [tokens], settings.num_queries, "challenger", settings, settings.max_tokens
     )
@@ -62,6 +58,15 @@ def pose_queries(
         all_queries=queries,
         held_out=held_out,
     )
+
+
+def check_challenger_prompt(tokens: list[int], context_length: int) -> None:
+    """Raises ConfigError if the prompt leaves no room for a query in the model's context."""
+    if len(tokens) >= context_length:
+        raise ConfigError(
+            f"challenger.prompt: takes {len(tokens)} tokens, and the model's context has only"
+            f" {context_length}; use a shorter prompt, or a model with a longer context"
+        )
 
 
 def answer_queries(sampler: Sampler, queries: list[str], settings: Solver) -> Solved:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,14 +10,21 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from language_self_play.config import Policy as PolicySection
 from language_self_play.config import read_text
 from language_self_play.errors import ConfigError, InputFileError, ModelError
 
 BUILT_IN_MODEL = "arena"
+# Models without a stated context get one that no completion reaches.
+UNBOUNDED_CONTEXT = 1 << 30
 
 
 class Chat:
@@ -67,6 +73,16 @@ class Policy:
         self.model.save_pretrained(folder)
         self.chat.tokenizer.save_pretrained(folder)
 
+    def load_weights(self, folder: Path) -> None:
+        """Overwrite π_θ's weights with those that `save` wrote. Raises ModelError."""
+        saved = _load(
+            str(folder),
+            lambda: AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True
+            ),
+        )
+        self.model.load_state_dict(saved.state_dict())
+
 
 def load_policy(section: PolicySection, device: torch.device, with_reference: bool) -> Policy:
     """Load the model in float32, and a frozen copy of it if `with_reference`.
@@ -97,23 +113,12 @@ def load_chat_model(section: PolicySection, device: torch.device) -> tuple[Chat,
     return chat, model.to(device).eval()
 
 
-def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Overwrite `model`'s weights with those saved in `folder`. Raises ModelError."""
-    saved = _load(
-        str(folder),
-        lambda: AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
-        ),
-    )
-    model.load_state_dict(saved.state_dict())
-
-
 def load_chat(section: PolicySection) -> Chat:
     """The tokenizer, with `policy.chat_template` if one is given. Raises ModelError."""
     path = resolve_model(section.path)
     tokenizer = _load(section.path, lambda: AutoTokenizer.from_pretrained(path))
     if section.chat_template is not None:
-        tokenizer.chat_template = read_text(Path(section.chat_template))
+        tokenizer.chat_template = read_text(Path(section.chat_template), "policy.chat_template")
     if not tokenizer.chat_template:
         raise ModelError(
             f"policy.path = {section.path!r}: the tokenizer has no chat template, and both players"
@@ -169,17 +174,23 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def weights_hash(model: PreTrainedModel) -> str:
-    """SHA-256 over the names and bytes of a model's weights."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(_bytes(weight))
-    return digest.hexdigest()
+def load_model_config(path: str) -> PreTrainedConfig:
+    """The model's own config, without its weights. Raises ModelError."""
+    return _load(path, lambda: AutoConfig.from_pretrained(resolve_model(path)))
 
 
-def _bytes(weight: Tensor) -> bytes:
-    return weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+def num_parameters(path: str) -> int:
+    """How many weights the model has, without loading them. Raises ModelError."""
+    config = load_model_config(path)
+    with torch.device("meta"):
+        model = _load(path, lambda: AutoModelForCausalLM.from_config(config))
+    return sum(p.numel() for p in model.parameters())
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Most tokens of prompt and completion together; UNBOUNDED_CONTEXT if the model states none."""
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return stated or UNBOUNDED_CONTEXT
 
 
 def _eos_ids(path: str, tokenizer: Any) -> list[int]:
@@ -203,5 +214,5 @@ def _load(path: str, load: Any) -> Any:
     except Exception as error:
         # Loaders raise errors of many kinds (OSError, ValueError, KeyError, safetensors' own).
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        reason = " ".join(lines[:2]) if lines else type(error).__name__
         raise ModelError(f"policy.path = {path!r}: can't be loaded: {reason}") from None

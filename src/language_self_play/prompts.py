@@ -101,7 +101,7 @@ def challenger_prompt(source: str, task: str, template: str) -> str:
 
     `source` is `default`, `arena` or a file. Raises InputFileError for a file that can't be read.
     """
-    text = _CHALLENGER_PROMPTS.get(source) or read_text(Path(source))
+    text = _CHALLENGER_PROMPTS.get(source) or read_text(Path(source), "challenger.prompt")
     return fill(text, task=task, template=template)
 
 
@@ -135,13 +135,20 @@ def parse_query(completion: str, template: str, truncated: bool) -> Parsed:
 
 @lru_cache
 def _template_pattern(template: str) -> re.Pattern[str]:
-    """Matches `template` with each {placeholder} filled with text other than itself."""
-    pattern, end = "", 0
-    for placeholder in _PLACEHOLDER.finditer(template):
-        pattern += _literal(template[end : placeholder.start()])
-        pattern += rf"(?!\s*{re.escape(placeholder.group())}\s*)\s*\S[\s\S]*?"
-        end = placeholder.end()
-    return re.compile(pattern + _literal(template[end:]))
+    """Matches `template` with each {placeholder} filled with text other than itself.
+
+    A placeholder ends where the literal text after it first appears (an atomic group), so that
+    matching takes linear time on whatever a model writes.
+    """
+    placeholders = list(_PLACEHOLDER.finditer(template))
+    pattern = _literal(template[: placeholders[0].start()] if placeholders else template)
+    ends = [p.start() for p in placeholders[1:]] + [len(template)]
+    for placeholder, end in zip(placeholders, ends, strict=True):
+        unfilled = rf"(?!\s*{re.escape(placeholder.group())}\s*)"
+        literal = _literal(template[placeholder.end() : end])
+        last = r"\Z" if end == len(template) else ""
+        pattern += rf"(?>{unfilled}\s*\S[\s\S]*?{literal}{last})"
+    return re.compile(pattern)
 
 
 def _literal(text: str) -> str:
@@ -157,7 +164,7 @@ def rubric_text(source: str) -> str:
 
     Raises ConfigError if a placeholder is missing, InputFileError for an unreadable file.
     """
-    text = _RUBRICS.get(source) or read_text(Path(source))
+    text = _RUBRICS.get(source) or read_text(Path(source), "self_reward.rubric")
     for needed in ("{query}", "{answer}"):
         if needed not in text:
             raise ConfigError(
@@ -189,8 +196,8 @@ def criterion_prompt(criterion: str, query: str, answer: str) -> str:
 
 def parse_score(reply: str) -> int | None:
     """The integer 0 to 7 between the last pair of score tags, or None if there is none."""
-    found = re.findall(r"<score>\s*(\d+)\s*</score>", reply)
-    if found and int(found[-1]) <= MAX_SCORE:
+    found = re.findall(r"<score>\s*0*(\d+)\s*</score>", reply)
+    if found and len(found[-1]) == 1 and int(found[-1]) <= MAX_SCORE:
         return int(found[-1])
     return None
 

@@ -99,17 +99,19 @@ class RunFolder:
         """The records so far, in order. An unfinished last line is passed over."""
         if not self.metrics_file.is_file():
             return
-        with self.metrics_file.open(encoding="utf-8") as lines:
-            for line in lines:
+        with self.metrics_file.open(encoding="utf-8", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
                 if line.endswith("\n"):
-                    yield json.loads(line)
+                    yield _parse_line(line, self.metrics_file, number)
 
     def games(self, step: int) -> list[Record]:
         """The games of a step; empty if it has none."""
         file = self.games_folder / f"step-{step:06d}.jsonl"
         if not file.is_file():
             return []
-        return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        # Not splitlines: a text may hold U+2028 and its like, which are no ends of JSON lines.
+        lines = file.read_text("utf-8").split("\n")
+        return [_parse_line(line, file, n) for n, line in enumerate(lines, 1) if line]
 
     def truncate(self, step: int) -> None:
         """Drop the records and games of `step` and later, as if the run had just reached it."""
@@ -172,11 +174,28 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _parse_line(line: str, file: Path, number: int) -> Record:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RunFolderError(f"{file}:{number}: damaged, not a JSON object ({error.msg})") from None
+
+
 def _json_line(record: Record) -> str:
     try:
-        return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        # Half a surrogate pair has no UTF-8; escaped it has.
+        return line if line.isascii() or _has_utf8(line) else json.dumps(record) + "\n"
     except ValueError:
         bad = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
         raise NonFiniteError(
             f"step {record.get('step')}: {', '.join(bad) or 'a game'} is not finite"
         ) from None
+
+
+def _has_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -32,6 +32,7 @@ def print_summary(run: RunFolder, console: Any) -> None:
         f"  lsp play {folder}             watch the model play both roles; --answer joins in",
         highlight=False,
         markup=False,
+        emoji=False,
         soft_wrap=True,
     )
     more = f"  lsp train --resume {folder} --steps {2 * max(1, len(records))}     play on"
@@ -40,7 +41,7 @@ def print_summary(run: RunFolder, console: Any) -> None:
             f"  lsp eval accuracy {folder}/model     its accuracy by tier and task\n"
             "  lsp train arena-zero      the game without self-reward, to see what that is for"
         )
-    console.print(more, highlight=False, markup=False, soft_wrap=True)
+    console.print(more, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def accuracy_table(before: Record, after: Record) -> Any:

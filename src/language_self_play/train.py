@@ -18,22 +18,30 @@ from language_self_play.arena import tasks as arena
 from language_self_play.checkpoint import load_checkpoint, save_checkpoint
 from language_self_play.config import Config, as_list
 from language_self_play.data import load_queries, queries_of_step
-from language_self_play.errors import Paused
+from language_self_play.errors import ConfigError, Paused
 from language_self_play.evaluate.accuracy import arena_accuracy
 from language_self_play.learner import Learner
 from language_self_play.metrics import Turn, game_records, step_record
 from language_self_play.players import (
     ChallengerPrompt,
     answer_queries,
+    check_challenger_prompt,
     pose_queries,
     truncation_penalties,
 )
-from language_self_play.policy import Policy, choose_device, load_policy
+from language_self_play.policy import (
+    Policy,
+    choose_device,
+    context_length,
+    load_chat,
+    load_model_config,
+    load_policy,
+)
 from language_self_play.progress import Progress, build_progress
-from language_self_play.prompts import challenger_prompt, rubric_text
+from language_self_play.prompts import challenger_prompt
 from language_self_play.randomness import choose, stream_key
 from language_self_play.rewards import RewardSum, build_reward
-from language_self_play.rewards.self_reward import QualityJudge, build_judge
+from language_self_play.rewards.self_reward import JudgeQuestions, QualityJudge, build_judge
 from language_self_play.run_folder import Record, RunFolder, free_run_folder
 from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
@@ -66,6 +74,8 @@ def self_play(
     game = prepare(config)
     if resume:
         start = load_checkpoint(folder, game.policy, game.learner.optimizer)
+        if config.steps < start:
+            raise ConfigError(f"steps = {config.steps}: the run has played {start} steps already")
         folder.truncate(start)
         folder.write_config(config)
     else:
@@ -206,21 +216,44 @@ def prepare(config: Config) -> Game:
 
 
 def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list[str]]:
-    """Device, reward and GRPO's queries: whatever can be wrong with them is found here."""
+    """Device, reward and GRPO's queries: whatever can be wrong before weights load shows here.
+
+    Raises ConfigError, InputFileError, ModelError or RewardError.
+    """
     device = choose_device(config.device)
     reward = build_reward(config)
-    challenger_prompt_of_step(config, 0)
+    queries = load_queries(config.data) if config.algorithm == "grpo" else []
+    chat = load_chat(config.policy)
+    context = context_length(load_model_config(config.policy.path))
+    try:
+        chat.encode("a query", config.solver.system_prompt)
+    except Exception as error:
+        # A template is a program of the model's author; whatever it raises is its message.
+        raise ConfigError(
+            f"solver.system_prompt: the model's chat template refuses a system message: {error}"
+        ) from None
+    if config.algorithm != "grpo":
+        for prompt in challenger_prompts(config):
+            check_challenger_prompt(chat.encode(prompt.text), context)
     if config.algorithm == "lsp":
-        rubric_text(config.self_reward.rubric)
-    return device, reward, load_queries(config.data) if config.algorithm == "grpo" else []
+        JudgeQuestions(config.self_reward, chat, context)
+    return device, reward, queries
+
+
+def challenger_prompts(config: Config) -> list[ChallengerPrompt]:
+    """The prompts of all (task, template) pairs."""
+    section = config.challenger
+    pairs = zip(as_list(section.task), as_list(section.template), strict=True)
+    return [
+        ChallengerPrompt(challenger_prompt(section.prompt, task, template), task, template)
+        for task, template in pairs
+    ]
 
 
 def challenger_prompt_of_step(config: Config, step: int) -> ChallengerPrompt:
-    """The step's prompt; of several (task, template) pairs one is drawn for the whole step."""
-    section = config.challenger
-    pairs = list(zip(as_list(section.task), as_list(section.template), strict=True))
-    task, template = pairs[choose(stream_key(config.seed, step, "task"), len(pairs))]
-    return ChallengerPrompt(challenger_prompt(section.prompt, task, template), task, template)
+    """The step's prompt; of several one is drawn for the whole step."""
+    prompts = challenger_prompts(config)
+    return prompts[choose(stream_key(config.seed, step, "task"), len(prompts))]
 
 
 def warn_of_bias(config: Config) -> None:

@@ -32,7 +32,7 @@ NUM_THREADS = 2
 REPORT_EVERY = 100
 # The label of tokens without a loss; cross_entropy's own default.
 IGNORED = -100
-NUM_STEPS = 1_800
+NUM_STEPS = 2_500
 EXAMPLES_PER_STEP = 192
 CHUNKS_PER_STEP = 3
 WARMUP_STEPS = 50

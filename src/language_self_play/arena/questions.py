@@ -22,7 +22,7 @@ from language_self_play.arena.tasks import (
 # Humans mostly ask easy questions, and now and then one that nobody can answer.
 HUMAN_TIER_WEIGHTS = (0.60, 0.30, 0.10)
 HUMAN_FLAWED_SHARE = 0.06
-_FLAWS = ("negative", "zero", "big number", "big factor", "long", "form", "form", "form", "short")
+_FLAWS = ("negative", "zero", "big number", "big factor", "long", "short", *["form", "cut"] * 3)
 
 _SLIPS = string.ascii_lowercase + string.digits + "+-* " * 9
 
@@ -34,7 +34,7 @@ HELD_OUT_SEED = 20_250_909
 
 
 def draw_query(rng: random.Random, tier: str, task: str | None = None) -> str:
-    """A solvable query of `tier`; its size is uniform over the tier's sizes."""
+    """A solvable query of `tier`, of any size that the tier has."""
     task = task or rng.choice(TASKS)
     index = TIERS.index(tier)
     high = SIZE_LIMITS[task][index]
@@ -87,9 +87,13 @@ def draw_flawed_query(rng: random.Random) -> str:
             return f"{rng.choice(('reverse', 'sort'))} {''.join(letters)}"
         case "form":
             query = draw_query(rng, tier)
-            place = rng.randrange(len(query))
-            slip = rng.choice(_SLIPS)
-            return _unless_solvable(rng, query[:place] + slip + query[place + rng.randint(0, 1) :])
+            place, length = rng.randrange(len(query)), rng.randint(0, 1)
+            slip = rng.choice(_SLIPS) if rng.random() < 0.8 or not length else ""
+            return _unless_solvable(rng, query[:place] + slip + query[place + length :])
+        case "cut":
+            query = draw_query(rng, tier)
+            place = rng.randint(1, len(query) - 1)
+            return _unless_solvable(rng, rng.choice((query[:place], query[place:])))
         case "short":
             return f"{rng.choice(('reverse', 'sort'))} {rng.choice(string.ascii_lowercase)}"
     raise AssertionError(kind)
@@ -125,10 +129,12 @@ def _draw_number(rng: random.Random, digits: int) -> int:
 
 
 def _unless_solvable(rng: random.Random, query: str) -> str:
+    query = query.strip()  # as it is read out of a completion
     try:
         parse(query)
     except Unsolvable:
-        return query
+        if query:
+            return query
     return draw_flawed_query(rng)
 
 

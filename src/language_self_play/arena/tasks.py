@@ -140,7 +140,7 @@ def _count_up_to(task: str, numbers: int) -> int:
 def is_held_out(problem: Problem) -> bool:
     """Whether `problem` belongs to the evaluation questions, by a hash of what it asks.
 
-    Sums that differ only in the order of their terms, and products, are held out together.
+    Sums that differ only in the order of their terms are held out together.
     Spaces below MIN_HELD_OUT_SPACE questions are learned whole and never held out.
     """
     if space_size(problem.task, problem.tier) < MIN_HELD_OUT_SPACE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 import traceback
@@ -44,8 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     75 paused and resumable, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # terminals without V̄ or …
     try:
-        return _run(arguments)
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
     except LspError as error:
         for line in str(error).splitlines():
             print(f"lsp: {line}", file=sys.stderr)
@@ -82,5 +89,9 @@ def _run(arguments: list[str]) -> int:
     if not arguments:
         parser.print_help()
         return 0
-    command = parser.parse_args(arguments[:1]).command
-    parser.error(f"{command!r}: no such command; one of {', '.join(COMMANDS)}")
+    if arguments[0] in ("-h", "--help", "--version"):
+        parser.parse_args(arguments[:1])
+    kind = "option" if arguments[0].startswith("-") else "command"
+    near = difflib.get_close_matches(arguments[0], [*COMMANDS, "--help", "--version"], n=1)
+    hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}"
+    raise ConfigError(f"{arguments[0]}: no such {kind}; {hint}")

@@ -42,6 +42,7 @@ def _accuracy(model: str, device: str, json_file: Path | None) -> int:
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from language_self_play.config import Learner, Policy
     from language_self_play.evaluate.accuracy import Accuracy, arena_accuracy
@@ -50,7 +51,7 @@ def _accuracy(model: str, device: str, json_file: Path | None) -> int:
     tokens_at_once = Learner().tokens_per_micro_batch
     chat, weights = load_chat_model(Policy(path=model), choose_device(device))
     accuracy = arena_accuracy(weights, chat, tokens_at_once)
-    table = Table(title=f"Held-out accuracy of {model} in %, with 95 % intervals")
+    table = Table(title=Text(f"Held-out accuracy of {model} in %, with 95 % intervals"))
     for column in ("tier", "task", "questions", "sampled", "greedy"):
         table.add_column(column, justify="left" if column in ("tier", "task") else "right")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from language_self_play.config import merge, parse_override
@@ -21,9 +22,11 @@ def split_overrides(arguments: list[str], own: set[str]) -> tuple[list[str], dic
         if not argument.startswith("--") or name in own:
             rest.append(argument)
             continue
-        if not equals and (following := next(queue, None)) is not None:
-            value = following
-        elif not equals:
-            raise ConfigError(f"{name}: needs a value")
+        if not equals:
+            value = next(queue, "--")
+            if value.startswith("--"):
+                near = difflib.get_close_matches(name, own, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(f"{name}: needs a value{hint}")
         table = merge(table, parse_override(name.removeprefix("--"), value))
     return rest, table

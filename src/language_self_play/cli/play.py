@@ -57,26 +57,31 @@ def run(arguments: list[str]) -> int:
 
 
 def config_for(model: str, recipe: str | None, overrides: dict[str, Any]) -> Config:
-    """The settings to play MODEL with, always as a game of LSP with two answers to a query."""
+    """The settings to play MODEL with, always as a game of LSP: both roles, and the self-reward."""
     from language_self_play.config import Config, load_recipe, merge
     from language_self_play.policy import BUILT_IN_MODEL
     from language_self_play.run_folder import RunFolder
 
     path = Path(model)
-    run = next((f for f in (path, path.parent) if RunFolder(f).config_file.is_file()), None)
-    table: dict[str, Any] = {"reward": {}}
+    run = RunFolder(path.parent if path.name == "model" else path)
+    table: dict[str, Any] = {}
     if recipe is not None:
         table = load_recipe(recipe)
-    elif run is not None:
-        table = RunFolder(run).config()
-        model = str(RunFolder(run).model_folder) if run == path else model
+    elif run.config_file.is_file():
+        table = run.config()
+        model = str(run.model_folder)
     elif model == BUILT_IN_MODEL:
         table = load_recipe(BUILT_IN_MODEL)
-    table = merge(table, {"policy": {"path": model}, "algorithm": "lsp"})
-    if not table["reward"]:
+    rewards = table.get("reward") or {}
+    if table.get("algorithm") != "lsp" and any(r.get("kind") == "arena" for r in rewards.values()):
+        # LSP-Zero and GRPO say nothing about the parts of the game that they do without.
+        arena = load_recipe(BUILT_IN_MODEL)
+        table = merge(table, {name: arena[name] for name in ("challenger", "self_reward")})
+    if not rewards:
         # Without a reward only the quality self-reward is shown.
-        table["reward"] = {"none": {"kind": "python", "function": f"{__name__}:no_reward"}}
-    return Config.from_table(merge(table, overrides))
+        rewards = {"none": {"kind": "python", "function": f"{__name__}:no_reward"}}
+    ours = {"policy": {"path": model}, "algorithm": "lsp", "reward": rewards}
+    return Config.from_table(merge(merge(table, ours), overrides))
 
 
 def no_reward(queries: list[str], answers: list[str]) -> list[float]:

@@ -40,6 +40,9 @@ def run(arguments: list[str]) -> int:
 
     own, overrides = split_overrides(arguments, {"--run", "--resume", "--dry-run"})
     options = parser.parse_args(own)
+    for name in ("run", "resume"):
+        if getattr(options, name) == "":
+            raise ConfigError(f"--{name} is empty; name a folder")
     if options.resume and (options.recipe or options.run):
         raise ConfigError(
             "--resume takes its recipe and folder from the run; leave RECIPE and --run out"
@@ -47,14 +50,14 @@ def run(arguments: list[str]) -> int:
     if not options.resume and not options.recipe:
         raise ConfigError("which RECIPE? A TOML file or a shipped name, such as: lsp train arena")
 
-    from language_self_play.config import Config
+    from language_self_play.config import Config, load_recipe, merge
     from language_self_play.run_folder import RunFolder, free_run_folder
 
     if options.resume:
         folder = RunFolder(options.resume)
         config = folder.resumed_config(overrides)
     else:
-        config = Config.from_recipe(options.recipe, **overrides)
+        config = Config.from_table(merge(load_recipe(options.recipe), overrides))
         folder = RunFolder(options.run or free_run_folder(Path(options.recipe).stem))
         folder.refuse_if_used()
     if options.dry_run:

@@ -21,6 +21,45 @@ from language_self_play.prompts import (
 from language_self_play.sampling.transformers import TransformersSampler
 
 
+class JudgeQuestions:
+    """What the judge is asked, as tokens; everything that can be wrong with a rubric shows here.
+
+    Raises ConfigError for a rubric that the mode can't use, the tokenizer can't score, or the
+    context does not hold.
+    """
+
+    def __init__(self, settings: SelfReward, chat: Chat, context_length: int):
+        self.chat = chat
+        self.context_length = context_length
+        self.rubric = rubric_text(settings.rubric)
+        self.criteria: list[str] = []
+        self.choices: list[int] = []
+        empty = self.prompts([("", "")])
+        if settings.mode == "criteria":
+            self.criteria = rubric_criteria(self.rubric)
+            self.choices = _next_tokens(chat, "", ["no", "yes", "No", "Yes"])
+            empty = self.criterion_prompts([("", "")])
+        elif settings.mode == "expected":
+            digits = [str(s) for s in range(MAX_SCORE + 1)]
+            self.choices = _next_tokens(chat, SCORE_PREFIX, digits)
+        if not all(map(self.fits, empty)):
+            raise ConfigError(
+                f"self_reward.rubric = {settings.rubric!r}: takes {max(map(len, empty))} tokens, and"
+                f" the model's context has only {context_length}; use a shorter rubric"
+            )
+
+    def prompts(self, pairs: list[tuple[str, str]], prefill: str = "") -> list[list[int]]:
+        """The rubric about each (query, answer) pair."""
+        return [self.chat.encode(judge_prompt(self.rubric, *p), prefill=prefill) for p in pairs]
+
+    def criterion_prompts(self, pairs: list[tuple[str, str]]) -> list[list[int]]:
+        """For each pair one yes/no question a criterion."""
+        return [self.chat.encode(criterion_prompt(c, *p)) for p in pairs for c in self.criteria]
+
+    def fits(self, prompt: list[int]) -> bool:
+        return len(prompt) < self.context_length
+
+
 class QualityJudge:
     """Asks π_Ref about quality, in one of three modes. Equal pairs are asked about once.
 
@@ -35,26 +74,7 @@ class QualityJudge:
         self.settings = settings
         self.tokens_at_once = tokens_at_once
         self.unparsable_fraction = 0.0
-        self.rubric = rubric_text(settings.rubric)
-        if settings.mode == "criteria":
-            self.criteria = rubric_criteria(self.rubric)
-            self.no_yes = _next_tokens(sampler.chat, "", ["no", "yes", "No", "Yes"])
-        elif settings.mode == "expected":
-            digits = [str(s) for s in range(MAX_SCORE + 1)]
-            self.digits = _next_tokens(sampler.chat, SCORE_PREFIX, digits)
-        self._check_room()
-
-    def _check_room(self) -> None:
-        """Raises ConfigError if not even an empty pair fits into the context with the rubric."""
-        prompts = self._prompts([("", "")])
-        if self.settings.mode == "criteria":
-            prompts = self._criterion_prompts([("", "")])
-        longest = max(map(len, prompts))
-        if longest >= self.sampler.context_length:
-            raise ConfigError(
-                f"self_reward.rubric: takes {longest} tokens, and the model's context has only"
-                f" {self.sampler.context_length}; use a shorter rubric"
-            )
+        self.questions = JudgeQuestions(settings, sampler.chat, sampler.context_length)
 
     def __call__(self, queries: list[str], answers: list[list[str]]) -> Tensor:
         """weight · R_Q of G answers to each of N queries, shape (N, G). Paper, Box 3."""
@@ -82,8 +102,8 @@ class QualityJudge:
         return [mean if s is None else s for s in scores]
 
     def _generate(self, pairs: list[tuple[str, str]]) -> list[float | None]:
-        prompts = self._prompts(pairs)
-        fitting = [i for i, prompt in enumerate(prompts) if self._fits(prompt)]
+        prompts = self.questions.prompts(pairs)
+        fitting = [i for i, prompt in enumerate(prompts) if self.questions.fits(prompt)]
         groups = self.sampler.sample(
             [prompts[i] for i in fitting],
             1,
@@ -97,11 +117,11 @@ class QualityJudge:
         return scores
 
     def _expected(self, pairs: list[tuple[str, str]]) -> list[float | None]:
-        rows = self._next_token(self._prompts(pairs, SCORE_PREFIX), self.digits)
+        rows = self._next_token(self.questions.prompts(pairs, SCORE_PREFIX))
         return [None if row is None else sum(s * p for s, p in enumerate(row)) for row in rows]
 
     def _criteria(self, pairs: list[tuple[str, str]]) -> list[float | None]:
-        rows = self._next_token(self._criterion_prompts(pairs), self.no_yes)
+        rows = self._next_token(self.questions.criterion_prompts(pairs))
         yes = [None if row is None else sum(row[1::2]) for row in rows]
         by_pair = [yes[i : i + MAX_SCORE] for i in range(0, len(yes), MAX_SCORE)]
         return [
@@ -109,30 +129,14 @@ class QualityJudge:
             for scores in by_pair
         ]
 
-    def _prompts(self, pairs: list[tuple[str, str]], prefill: str = "") -> list[list[int]]:
-        return [
-            self.sampler.chat.encode(judge_prompt(self.rubric, q, a), prefill=prefill)
-            for q, a in pairs
-        ]
-
-    def _criterion_prompts(self, pairs: list[tuple[str, str]]) -> list[list[int]]:
-        return [
-            self.sampler.chat.encode(criterion_prompt(criterion, query, answer))
-            for query, answer in pairs
-            for criterion in self.criteria
-        ]
-
-    def _fits(self, prompt: list[int]) -> bool:
-        return len(prompt) < self.sampler.context_length
-
     @torch.inference_mode()
-    def _next_token(self, prompts: list[list[int]], choices: list[int]) -> list[list[float] | None]:
-        """Probabilities of `choices` as the next token, renormalised over them.
+    def _next_token(self, prompts: list[list[int]]) -> list[list[float] | None]:
+        """Probabilities of the choices as the next token, renormalised over them.
 
         None for a prompt that the model's context does not hold.
         """
         model, chat = self.sampler.model, self.sampler.chat
-        fitting = [i for i, prompt in enumerate(prompts) if self._fits(prompt)]
+        fitting = [i for i, prompt in enumerate(prompts) if self.questions.fits(prompt)]
         order = sorted(fitting, key=lambda i: len(prompts[i]))
         result: list[list[float] | None] = [None] * len(prompts)
         start = 0
@@ -151,7 +155,7 @@ class QualityJudge:
                 position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
                 logits_to_keep=1,
             ).logits[:, -1]
-            probabilities = logits[:, choices].float().softmax(-1).tolist()
+            probabilities = logits[:, self.questions.choices].float().softmax(-1).tolist()
             for i, row in zip(rows, probabilities, strict=True):
                 result[i] = row
             start = end

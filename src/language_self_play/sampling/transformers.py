@@ -16,12 +16,9 @@ from language_self_play.config import Sampling
 from language_self_play.errors import NonFiniteError
 from language_self_play.logprobs import draw_tokens
 from language_self_play.packing import pad_left
-from language_self_play.policy import Chat
+from language_self_play.policy import Chat, context_length
 from language_self_play.randomness import stream_key, uniforms
 from language_self_play.types import Completion, FinishReason, Group, Role
-
-# Models without a stated context get one that no completion here reaches.
-UNBOUNDED_CONTEXT = 1 << 30
 
 
 class TransformersSampler:
@@ -33,8 +30,7 @@ class TransformersSampler:
         self.seed = seed
         self.batch_size = batch_size
         self.step = 0
-        config = model.config.get_text_config()
-        self.context_length = getattr(config, "max_position_embeddings", None) or UNBOUNDED_CONTEXT
+        self.context_length = context_length(model.config)
 
     def sync(self, model: PreTrainedModel, step: int) -> None:
         """Sample version `step` from now on. The weights are the model's own: nothing moves."""
