@@ -412,7 +412,7 @@ MISTAKES = {
         VALID + '[challenger]\ntask = ["a", "b"]\ntemplate = ["x"]\n',
         "challenger.template: 1 given for 2 challenger.task; ",
     ),
-    "no tasks at all": (VALID + "[challenger]\ntask = []\ntemplate = []\n", "challenger.t"),
+    "no tasks at all": (VALID + "[challenger]\ntask = []\n", "challenger.task = []: "),
     "0 bytes": ("", "config.toml: the file is empty; "),
     "white space": (" \n\n", "config.toml: the file is empty; "),
     "comments only": ("# nothing\n", "policy: missing; "),
@@ -571,7 +571,7 @@ COMMAND_LINES = {
         ["train", "--resume", "used", "--solver.bta", "3"],
         "solver.bta: no such setting; did you mean solver.beta?",
     ),
-    "unknown command": (["trian", "arena"], "'trian': no such command; one of train, "),
+    "unknown command": (["trian", "arena"], "'trian': no such command; did you mean train?"),
     "empty command": ([""], "'': no such command; "),
     "unknown measure": (
         ["eval", "acuracy", "arena"],

@@ -40,9 +40,8 @@ ROOMS = [
     ("the players", ["players"]),
     ("rewards", ["rewards", "rewards.arena", "rewards.python", "rewards.self_reward"]),
     ("sampling", ["sampling", "sampling.transformers"]),
-    # A checkpoint holds a policy, and metrics are of a learning step: one room above both.
-    ("records of a run", ["checkpoint", "metrics"]),
     ("learning", ["learner", "forward", "policy", "packing"]),
+    ("records of a run", ["checkpoint", "metrics"]),
     ("files", ["run_folder", "data"]),
     ("the mathematics", ["advantages", "losses", "logprobs", "randomness"]),
     ("text", ["prompts"]),
@@ -82,7 +81,6 @@ LIBRARIES = {
     "tokenizers": {"arena.tiny_model"},
     "transformers": {
         "policy",
-        "plan",
         "forward",
         "sampling.transformers",
         "evaluate.accuracy",
@@ -100,7 +98,6 @@ LIBRARIES = {
         "losses",
         "metrics",
         "packing",
-        "plan",
         "players",
         "policy",
         "randomness",

@@ -65,7 +65,9 @@ def test_a_challenger_prompt_of_ones_own_is_read_from_its_file(tmp_path):
 
 
 def test_a_missing_prompt_file_is_named(tmp_path):
-    with pytest.raises(InputFileError, match=r"nothere\.txt: no such file"):
+    with pytest.raises(
+        InputFileError, match=r"challenger\.prompt = '.*nothere\.txt': no such file"
+    ):
         challenger_prompt(str(tmp_path / "nothere.txt"), "", "")
 
 

@@ -464,11 +464,16 @@ def type_name(annotation: Any) -> str:
 
 
 def _sentences(error: pydantic.ValidationError) -> list[str]:
-    """One sentence for each mistake, without repetitions."""
-    return list(dict.fromkeys(map(_sentence, error.errors(include_url=False))))
+    """One sentence for each mistake; the branches of a union are one mistake."""
+    by_name: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        name, sentence = _sentence(problem)
+        by_name.setdefault(name or sentence, sentence)
+    return list(by_name.values())
 
 
-def _sentence(problem: Mapping[str, Any]) -> str:
+def _sentence(problem: Mapping[str, Any]) -> tuple[str, str]:
+    """(name of the setting, what is wrong with it)."""
     # Unions put their branch into the location (a kind, or a type); the user never typed it there.
     location = [str(part) for part in problem["loc"]]
     if location[:1] == ["reward"] and len(location) > 2:
@@ -480,24 +485,25 @@ def _sentence(problem: Mapping[str, Any]) -> str:
     given = repr(problem["input"])
     match problem["type"]:
         case "extra_forbidden":
-            return _unknown_name(name, location)
+            sentence = _unknown_name(name, location)
         case "missing":
-            return f"{name}: missing; it has no default ({_description(location)})"
+            sentence = f"{name}: missing; it has no default ({_description(location)})"
         case "value_error":
-            return str(problem["ctx"]["error"])
+            sentence = str(problem["ctx"]["error"])
         case "union_tag_invalid" | "union_tag_not_found":
             kind = problem["input"].get("kind") if isinstance(problem["input"], dict) else None
             shown = f"{kind!r} is unknown" if kind else "missing"
-            return f"{name}.kind: {shown}; one of {', '.join(reward_kinds())}"
+            sentence = f"{name}.kind: {shown}; one of {', '.join(reward_kinds())}"
         case "model_type" | "dict_type" | "model_attributes_type":
-            return f"{name} = {given}: must be a table, such as [{name}]"
-        case "string_type" | "list_type" if branches:
-            return f"{name} = {given}: must be text or a list of texts"
+            sentence = f"{name} = {given}: must be a table, such as [{name}]"
+        case "string_type" | "list_type" | "too_short" if branches:
+            sentence = f"{name} = {given}: must be text or a list of at least one text"
         case "string_pattern_mismatch":
-            return f"{name} = {given}: must be one of: {_description(location)}"
+            sentence = f"{name} = {given}: must be one of: {_description(location)}"
         case _:
             reason = problem["msg"].removeprefix("Input ").replace("should", "must")
-            return f"{name} = {given}: {reason}"
+            sentence = f"{name} = {given}: {reason}"
+    return name, sentence
 
 
 def _unknown_name(name: str, location: list[str]) -> str:

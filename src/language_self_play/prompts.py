@@ -141,7 +141,9 @@ def _template_pattern(template: str) -> re.Pattern[str]:
     matching takes linear time on whatever a model writes.
     """
     placeholders = list(_PLACEHOLDER.finditer(template))
-    pattern = _literal(template[: placeholders[0].start()] if placeholders else template)
+    if not placeholders:
+        return re.compile(_literal(template))
+    pattern = _literal(template[: placeholders[0].start()])
     ends = [p.start() for p in placeholders[1:]] + [len(template)]
     for placeholder, end in zip(placeholders, ends, strict=True):
         unfilled = rf"(?!\s*{re.escape(placeholder.group())}\s*)"

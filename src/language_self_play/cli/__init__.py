@@ -94,4 +94,4 @@ def _run(arguments: list[str]) -> int:
     kind = "option" if arguments[0].startswith("-") else "command"
     near = difflib.get_close_matches(arguments[0], [*COMMANDS, "--help", "--version"], n=1)
     hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}"
-    raise ConfigError(f"{arguments[0]}: no such {kind}; {hint}")
+    raise ConfigError(f"{arguments[0]!r}: no such {kind}; {hint}")
