@@ -14,8 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -29,31 +31,50 @@ if TYPE_CHECKING:
     from language_self_play.policy import Policy
 
 
+# A reference never changes, so it is hashed once.
+_HASHES: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
+
+
 def save_checkpoint(
     run: RunFolder, policy: Policy, optimizer: torch.optim.Optimizer, step: int, keep_last: int
 ) -> Path:
     """Write checkpoints/step-`step` and remove all but the newest `keep_last`."""
-    place = run.checkpoints_folder / f"step-{step:06d}"
-    beside = run.checkpoints_folder / f".step-{step:06d}.new"
-    remove_folder(beside)
-    try:
-        beside.mkdir(parents=True)
-        policy.save(beside / "model")
-        save_file(_optimizer_tensors(policy, optimizer), beside / "optimizer.safetensors")
+
+    def fill(folder: Path) -> None:
+        policy.save(folder / "model")
+        save_file(_optimizer_tensors(policy, optimizer), folder / "optimizer.safetensors")
         state = {"step": step, "reference_hash": reference_hash(policy)}
-        (beside / "state.json").write_text(json.dumps(state), "utf-8")
-        remove_folder(place)
-        os.replace(beside, place)
-    except (OSError, SafetensorError) as error:
-        raise RunFolderError(f"{place}: the checkpoint can't be written ({error})") from None
+        (folder / "state.json").write_text(json.dumps(state), "utf-8")
+
+    place = run.checkpoints_folder / f"step-{step:06d}"
+    _write_whole(place, fill)
     for old in checkpoints(run)[:-keep_last]:
         remove_folder(old)
     return place
 
 
+def save_model(run: RunFolder, policy: Policy) -> None:
+    """Write the run's model/, the policy at its end."""
+    _write_whole(run.model_folder, policy.save)
+
+
+def _write_whole(place: Path, fill: Callable[[Path], None]) -> None:
+    """Make the folder `place` by `fill`, beside it and then renamed. Raises RunFolderError."""
+    beside = place.with_name(f".{place.name}.new")
+    remove_folder(beside)
+    try:
+        beside.mkdir(parents=True)
+        fill(beside)
+        remove_folder(place)
+        os.replace(beside, place)
+    except (OSError, SafetensorError) as error:
+        raise RunFolderError(f"{place}: can't be written ({error})") from None
+
+
 def checkpoints(run: RunFolder) -> list[Path]:
     """The checkpoints that are there, oldest first."""
-    return sorted(run.checkpoints_folder.glob("step-*"))
+    found = run.checkpoints_folder.glob("step-*")
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def load_checkpoint(run: RunFolder, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
@@ -69,7 +90,7 @@ def load_checkpoint(run: RunFolder, policy: Policy, optimizer: torch.optim.Optim
         state = json.loads((place / "state.json").read_text("utf-8"))
         tensors = load_file(place / "optimizer.safetensors")
         step, began_with = state["step"], state["reference_hash"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RunFolderError(
             f"{place}: the checkpoint is damaged ({error}); remove it to resume from an earlier one"
         ) from None
@@ -87,11 +108,13 @@ def reference_hash(policy: Policy) -> str | None:
     """SHA-256 over the reference's weights; None where no reference is loaded."""
     if policy.reference is None:
         return None
+    if policy.reference in _HASHES:
+        return _HASHES[policy.reference]
     digest = hashlib.sha256()
     for name, weight in sorted(policy.reference.state_dict().items()):
         digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return _HASHES.setdefault(policy.reference, digest.hexdigest())
 
 
 def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -81,7 +81,9 @@ class Challenger(Sampling):
     template: Texts = Field(
         "", description="Output template with {placeholders} that a valid query fills."
     )
-    num_queries: AtLeastTwo = Field(8, description="N, queries posed a step.")
+    num_queries: AtLeastTwo = Field(
+        8, description="N, queries a step: posed, or in GRPO from the file."
+    )
     alpha: NonNegativeFloat = Field(
         1.0, description="α_Ch, weight of the Challenger's loss. Our choice."
     )
@@ -180,9 +182,6 @@ class Learner(Section):
 
 
 class Rollout(Section):
-    engine: Literal["transformers"] = Field(
-        "transformers", description="What samples: the policy's own weights, in process."
-    )
     batch_size: PositiveInt = Field(
         256, description="Completions decoded at once; changes memory and speed, not results."
     )
@@ -263,6 +262,11 @@ class Config(Section):
             raise ValueError(
                 'data.path: algorithm = "grpo" learns from a fixed set of queries; name a JSONL'
                 ' file, or use "lsp", which poses its own'
+            )
+        if self.algorithm != "grpo" and self.data.path is not None:
+            raise ValueError(
+                f'data.path = {self.data.path!r}: only algorithm = "grpo" learns from a file of'
+                f' queries; "{self.algorithm}" poses its own, so leave it out'
             )
         tasks, templates = as_list(self.challenger.task), as_list(self.challenger.template)
         if len(tasks) != len(templates):

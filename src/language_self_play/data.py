@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from language_self_play.randomness import permutation, stream_key
 BUILT_IN_QUERIES = "arena"
 
 
-def load_queries(section: Data) -> list[str]:
-    """The file's queries. Raises InputFileError that names the line."""
+def load_queries(section: Data, is_held_out: Callable[[str], bool]) -> list[str]:
+    """The file's queries, without evaluation questions. Raises InputFileError that names the line."""
     assert section.path is not None, "checked with the configuration"
     path = Path(section.path)
     if section.path == BUILT_IN_QUERIES:
@@ -33,9 +35,10 @@ def load_queries(section: Data) -> list[str]:
                 f"{path}:{number}: has no text in column {section.column!r};"
                 " data.column names the column"
             )
-        queries.append(query)
+        if not is_held_out(query):
+            queries.append(query)
     if not queries:
-        raise InputFileError(f"{path}: holds no queries")
+        raise InputFileError(f"{path}: holds no queries to learn from")
     return queries
 
 
@@ -44,6 +47,10 @@ def queries_of_step(queries: list[str], step: int, num_queries: int, seed: int) 
     chosen = []
     for position in range(step * num_queries, (step + 1) * num_queries):
         epoch, place = divmod(position, len(queries))
-        order = permutation(stream_key(seed, "data", epoch), len(queries))
-        chosen.append(queries[order[place]])
+        chosen.append(queries[_order(seed, epoch, len(queries))[place]])
     return chosen
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, length: int) -> list[int]:
+    return permutation(stream_key(seed, "data", epoch), length)

@@ -26,7 +26,6 @@ class StepResult:
     grad_norm: float = 0.0
     kl: dict[str, float] = field(default_factory=dict)
     entropy: dict[str, float] = field(default_factory=dict)
-    num_tokens: int = 0
 
 
 class Learner:
@@ -73,7 +72,7 @@ class Learner:
         references = self._reference_logprobs(batches, groups.temperature)
         penalties = None
         if references and section.kl == "reward" and beta:
-            penalties = self._kl_penalties(groups, beta)
+            penalties = self._kl_penalties(groups, beta, batches, references)
         kl_sum = entropy_sum = 0.0
         for i, batch in enumerate(batches):
             advantages_BK = batch.advantages_BK
@@ -93,7 +92,6 @@ class Learner:
             loss.backward()
             result.loss += loss.item()
             entropy_sum -= logprobs.detach()[mask].sum().item()
-            result.num_tokens += batch.num_tokens
         # On samples of π itself, the mean of -log π is an unbiased estimate of its entropy.
         result.entropy[role] = entropy_sum / num_tokens
         if references:
@@ -110,7 +108,9 @@ class Learner:
             for batch in batches
         ]
 
-    def _kl_penalties(self, groups: Groups, beta: float) -> Tensor:
+    def _kl_penalties(
+        self, groups: Groups, beta: float, batches: list[MicroBatch], references: list[Tensor]
+    ) -> Tensor:
         """What the KL folded into the reward takes from each completion's advantage, flat.
 
         Each completion's own β · Σ_t log(π/π_Ref), detached, is subtracted from its reward before
@@ -118,9 +118,10 @@ class Learner:
         The sampler's log-probs are log π. Completions that are masked from the loss count in the
         centring, as their rewards do.
         """
-        batches = self._micro_batches(replace(groups, keep=None))
+        if groups.keep is not None:
+            batches = self._micro_batches(replace(groups, keep=None))
+            references = self._reference_logprobs(batches, groups.temperature)
         penalties = torch.tensor([sum(c.logprobs) for c in groups.completions()])
-        references = self._reference_logprobs(batches, groups.temperature)
         for batch, reference in zip(batches, references, strict=True):
             penalties[batch.index_BK] -= reference.sum(-1).cpu()
         return beta * centre(penalties.view(len(groups.groups), -1)).flatten()

@@ -87,10 +87,13 @@ def _query_metrics(posed: Posed) -> Record:
     reasons = Counter(q.reason for q in posed.all_queries if q.reason)
     distinct = len({q.text for q in posed.all_queries})
     return {
-        "queries/valid_fraction": len(posed.queries) / num_posed,
+        "queries/valid_fraction": len(posed.queries) / max(1, len(posed.all_queries)),
         "queries/heldout_fraction": len(posed.held_out) / num_posed,
         "queries/distinct_fraction": distinct / max(1, len(posed.all_queries)),
-        **{f"queries/invalid/{r}": n / num_posed for r, n in sorted(reasons.items())},
+        **{
+            f"queries/invalid/{r}": n / max(1, len(posed.all_queries))
+            for r, n in sorted(reasons.items())
+        },
     }
 
 

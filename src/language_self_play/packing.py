@@ -30,11 +30,6 @@ class MicroBatch:
     advantages_BK: Tensor
     index_BK: Tensor  # place of each completion in Groups.completions()
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed, padding included."""
-        return self.prompts_BP.numel() + self.completions_BKT.numel()
-
 
 class _Slice(NamedTuple):
     prompt: list[int]

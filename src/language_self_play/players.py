@@ -32,7 +32,8 @@ def pose_queries(
 ) -> Posed:
     """q_i ~ π_θ(· | challenger prompt), i = 1 … N: one group. Paper, Section 2.
 
-    A malformed query is invalid, with its reason. A held-out one is left out of the group.
+    A malformed query is invalid, with its reason; so is one that spells a special token, which the
+    chat template would read as a role mark. A held-out one is left out of the group.
     Raises ConfigError if the prompt does not fit into the model's context.
     """
     tokens = sampler.chat.encode(prompt.text)
@@ -44,6 +45,8 @@ def pose_queries(
     for completion in group.completions:
         truncated = completion.finish_reason == "length"
         text, reason = parse_query(completion.text, prompt.template, truncated)
+        if reason is None and sampler.chat.without_special(text) != text:
+            reason = "special_tokens"
         if reason is None and is_held_out(text):
             held_out.append(Query(text, valid=False, reason="held_out", task=prompt.task))
             continue

@@ -33,9 +33,8 @@ class Chat:
     def __init__(self, tokenizer: Any, eos_ids: Sequence[int], template_kwargs: dict[str, Any]):
         self.tokenizer = tokenizer
         self.eos_ids = sorted(set(eos_ids))
-        self.pad_id = tokenizer.pad_token_id
-        if self.pad_id is None:
-            self.pad_id = self.eos_ids[0]
+        self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.special_tokens = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         self._template_kwargs = template_kwargs
 
     def encode(self, user: str, system: str | None = None, prefill: str = "") -> list[int]:
@@ -47,13 +46,23 @@ class Chat:
         )
         return self.tokenizer.encode(text + prefill, add_special_tokens=False)
 
-    def encode_reply(self, text: str) -> list[int]:
-        """Tokens of text that the assistant writes, without a stop token."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def encode_reply(self, user: str, reply: str, system: str | None = None) -> list[int]:
+        """Tokens of `reply` as the assistant writes it after `user`, without a stop token."""
+        before = self.encode(user, system)
+        whole = self.encode(user, system, prefill=reply)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        return self.tokenizer.encode(reply, add_special_tokens=False)
 
     def decode(self, token_lists: list[list[int]]) -> list[str]:
-        """Their texts, without special tokens."""
-        return self.tokenizer.batch_decode(token_lists, skip_special_tokens=True)
+        """Their texts; special tokens stay, so that what hides behind them is seen and judged."""
+        return self.tokenizer.batch_decode(token_lists, skip_special_tokens=False)
+
+    def without_special(self, text: str) -> str:
+        """`text` with nothing in it that would be read as a special token, such as a role mark."""
+        for token in self.special_tokens:
+            text = text.replace(token, "")
+        return text
 
 
 class Policy:
@@ -125,12 +134,13 @@ def load_chat(section: PolicySection) -> Chat:
             " speak through one; use an instruction-tuned model, or give policy.chat_template a"
             " Jinja file"
         )
-    chat = Chat(tokenizer, _eos_ids(path, tokenizer), section.chat_template_kwargs)
-    if not chat.eos_ids:
+    eos_ids = _eos_ids(path, tokenizer)
+    if not eos_ids:
         raise ModelError(
             f"policy.path = {section.path!r}: neither the generation config nor the tokenizer names"
             " an end-of-sequence token, so no completion could end"
         )
+    chat = Chat(tokenizer, eos_ids, section.chat_template_kwargs)
     try:
         chat.encode("a query")
     except Exception as error:
@@ -199,8 +209,10 @@ def _eos_ids(path: str, tokenizer: Any) -> list[int]:
     try:
         eos = transformers.GenerationConfig.from_pretrained(path).eos_token_id
         ids += eos if isinstance(eos, list) else [eos]
-    except OSError:
-        pass  # Not every model has a generation config.
+    except OSError as error:
+        # Not every model has a generation config; one that is there must be readable.
+        if (Path(path) / "generation_config.json").exists():
+            raise ModelError(f"{path}/generation_config.json: can't be read: {error}") from None
     return [i for i in [*ids, tokenizer.eos_token_id] if i is not None]
 
 

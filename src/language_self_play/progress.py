@@ -77,10 +77,11 @@ class PlainLines(Silent):
 
 
 class LiveBar(Silent):
-    """A bar with the numbers that matter, and every few seconds one game above it."""
+    """A bar, below it the numbers that matter, and every few seconds one game above it."""
 
     def __init__(self, steps: int, start: int, every_s: float, console: Any = None):
         from rich.console import Console
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
@@ -91,27 +92,34 @@ class LiveBar(Silent):
         self.bar = RichProgress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=None),
             TimeRemainingColumn(compact=True),
-            TextColumn("left  {task.fields[headline]}", markup=False),
-            console=self.console,
+            TextColumn("left"),
+            expand=True,
         )
-        self.task = self.bar.add_task("play", total=steps, completed=start, headline="")
+        self.task = self.bar.add_task("play", total=steps, completed=start)
+        self.live = Live(self._view(), console=self.console, refresh_per_second=4)
 
     def __enter__(self) -> Progress:
-        self.bar.start()
+        self.live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        self.live.stop()
+
+    def _view(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(self.bar, Text(headline(self.state), overflow="fold"))
 
     def step(self, record: Record, games: list[Record]) -> None:
         from rich.text import Text
 
         self.state |= record
-        total = self.bar.tasks[0].total or 0
-        done = min(record["step"] + 1, total)
-        self.bar.update(self.task, completed=done, headline=headline(self.state))
+        total = int(self.bar.tasks[0].total or 0)
+        self.bar.update(self.task, completed=min(record["step"] + 1, total))
+        self.live.update(self._view())
         now = time.monotonic()
         if self.every_s and now - self.shown >= self.every_s and (game := choose_game(games)):
             self.shown = now
@@ -125,8 +133,10 @@ class LiveBar(Silent):
 
 
 def headline(record: Record) -> str:
-    """The numbers that matter: V̄, V_Q, KL of both roles, validity, held-out accuracy."""
+    """The numbers that matter: held-out accuracy, V̄, V_Q, KL of both roles, validity."""
     parts = []
+    if "eval/sampled_accuracy" in record:
+        parts.append(f"held-out {record['eval/sampled_accuracy']:.1%}")
     if "reward/mean" in record:
         parts.append(f"V̄ {record['reward/mean']:.2f}")
     if "quality/mean" in record:
@@ -138,8 +148,6 @@ def headline(record: Record) -> str:
         parts.append(f"valid {record['queries/valid_fraction']:.0%}")
     if "queries/unsolvable_fraction" in record:
         parts.append(f"unsolvable {record['queries/unsolvable_fraction']:.0%}")
-    if "eval/sampled_accuracy" in record:
-        parts.append(f"held-out {record['eval/sampled_accuracy']:.1%}")
     return "  ".join(parts)
 
 

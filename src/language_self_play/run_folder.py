@@ -38,6 +38,21 @@ class RunFolder:
         self.checkpoints_folder = self.folder / "checkpoints"
         self.model_folder = self.folder / "model"
 
+    @classmethod
+    def holding(cls, path: Path) -> RunFolder | None:
+        """The run that `path` is, or lies in: its model/, or a checkpoint's."""
+        inside = path.name == "model" and path.parent.parent.name == "checkpoints"
+        above = path.parent.parent.parent if inside else path.parent
+        for folder in (path, above) if path.name == "model" else (path,):
+            if (run := cls(folder)).config_file.is_file() and run.checkpoints_folder.is_dir():
+                return run
+        return None
+
+    def newest_model(self) -> Path:
+        """model/, or the newest checkpoint's where the run has not finished."""
+        models = sorted(self.checkpoints_folder.glob("step-*/model"))
+        return models[-1] if models and not self.model_folder.is_dir() else self.model_folder
+
     def refuse_if_used(self) -> None:
         """Raises RunFolderError if a run is already here."""
         if self.config_file.exists() or self.metrics_file.exists():
@@ -51,6 +66,10 @@ class RunFolder:
         with _Sentences(self.folder):
             self.games_folder.mkdir(parents=True, exist_ok=True)
             self.checkpoints_folder.mkdir(exist_ok=True)
+            try:
+                self.config_file.touch(exist_ok=False)  # of two processes one gets the folder
+            except FileExistsError:
+                self.refuse_if_used()
         self.write_config(config)
 
     def write_config(self, config: Config) -> None:
@@ -64,20 +83,20 @@ class RunFolder:
         return load_recipe(self.config_file)
 
     def resumed_config(self, overrides: Mapping[str, Any]) -> Config:
-        """The run's configuration with `overrides`, which may name only what RESUMABLE does.
+        """The run's configuration with `overrides`. Raises ConfigError as refuse_changes does."""
+        config = Config.from_table(merge(self.config(), overrides))
+        self.refuse_changes(config)
+        return config
 
-        Raises ConfigError for a change that would make it another run.
-        """
-        table = self.config()
-        before = flatten(Config.from_table(table).model_dump())
-        config = Config.from_table(merge(table, overrides))
+    def refuse_changes(self, config: Config) -> None:
+        """Raises ConfigError if `config` changes more of this run than what RESUMABLE names."""
+        before = flatten(Config.from_table(self.config()).model_dump())
         for name, value in flatten(config.model_dump()).items():
             if value != before.get(name) and not name.startswith(RESUMABLE):
                 raise ConfigError(
                     f"{name} = {value!r}: was {before.get(name)!r} when the run began, and a resumed"
                     f" run may change only {', '.join(RESUMABLE)}; start a new run instead"
                 )
-        return config
 
     def record(self, record: Record, games: list[Record]) -> None:
         """Append one step's metrics, and write its games. Raises RunFolderError."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
 from typing import Any
 
 from language_self_play.arena.tasks import TIERS
@@ -26,22 +29,30 @@ def print_summary(run: RunFolder, console: Any) -> None:
             for piece, style in game_pieces(game):
                 text.append(piece, style)
             console.print(text)
-    folder = shlex.quote(str(run.folder))
+    folder, lsp = shlex.quote(str(run.folder)), command_name()
     console.print(
         f"\nThe run is in {folder}: its config, metrics, games, checkpoints and model. Next:\n"
-        f"  lsp play {folder}             watch the model play both roles; --answer joins in",
+        f"  {lsp} play {folder}             watch the model play both roles; --answer joins in",
         highlight=False,
         markup=False,
         emoji=False,
         soft_wrap=True,
     )
-    more = f"  lsp train --resume {folder} --steps {2 * max(1, len(records))}     play on"
+    more = f"  {lsp} train --resume {folder} --steps {2 * max(1, len(records))}     play on"
     if any("tier" in game for game in games):
         more = (
-            f"  lsp eval accuracy {folder}/model     its accuracy by tier and task\n"
-            "  lsp train arena-zero      the game without self-reward, to see what that is for"
+            f"  {lsp} eval accuracy {folder}/model     its accuracy by tier and task\n"
+            f"  {lsp} train arena-zero      the game without self-reward, to see what that is for"
         )
     console.print(more, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def command_name() -> str:
+    """`lsp`, or how this process was started where the shell would not find it."""
+    started = sys.argv[0]
+    if shutil.which("lsp") or os.path.basename(started) != "lsp":
+        return "lsp"
+    return os.path.relpath(started)
 
 
 def accuracy_table(before: Record, after: Record) -> Any:

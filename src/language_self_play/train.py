@@ -15,7 +15,7 @@ from torch import Tensor
 
 from language_self_play.advantages import challenger_advantages, solver_advantages
 from language_self_play.arena import tasks as arena
-from language_self_play.checkpoint import load_checkpoint, save_checkpoint
+from language_self_play.checkpoint import load_checkpoint, save_checkpoint, save_model
 from language_self_play.config import Config, as_list
 from language_self_play.data import load_queries, queries_of_step
 from language_self_play.errors import ConfigError, Paused
@@ -42,7 +42,7 @@ from language_self_play.prompts import challenger_prompt
 from language_self_play.randomness import choose, stream_key
 from language_self_play.rewards import RewardSum, build_reward
 from language_self_play.rewards.self_reward import JudgeQuestions, QualityJudge, build_judge
-from language_self_play.run_folder import Record, RunFolder, free_run_folder
+from language_self_play.run_folder import Record, RunFolder, free_run_folder, remove_folder
 from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
 from language_self_play.stopwatch import Stopwatch
@@ -65,18 +65,19 @@ def self_play(
     loaded where that is possible, NonFiniteError for a NaN or infinity, and Paused, after a
     checkpoint, when SIGINT or SIGTERM asks it to stop.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    config = config.model_copy(update={"threads": torch.get_num_threads()})
     folder = RunFolder(run if run is not None else free_run_folder(config.algorithm))
-    if not resume:
+    if resume:
+        folder.refuse_changes(config)
+    else:
         folder.refuse_if_used()
     game = prepare(config)
+    config = game.config  # with what has been resolved
     if resume:
         start = load_checkpoint(folder, game.policy, game.learner.optimizer)
         if config.steps < start:
             raise ConfigError(f"steps = {config.steps}: the run has played {start} steps already")
         folder.truncate(start)
+        remove_folder(folder.model_folder)  # of an earlier end
         folder.write_config(config)
     else:
         start = 0
@@ -120,13 +121,13 @@ def play(
             posed.advantages = challenger_advantages(R, R_Q, posed.valid)  # centred V_Q - V
         result = learn(solved, posed, config.challenger.alpha)  # L_Sol + α_Ch · L_Ch, one step
         turn = Turn(step, queries, posed, solved, R, R_Q, game.unparsable_fraction, result)
+        games = game_records(turn, game.describe)
+        record = step_record(turn, watch.lap(), policy.device, game.describe) | evaluation
+        run.record(record, games)  # before the checkpoint that would skip this step on resume
+        progress.step(record, games)
         stopping = stop_requested() and step + 1 < config.steps
         if stopping or (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
             save(run, policy, learner.optimizer, step + 1, config.checkpoint.keep_last)
-        games = game_records(turn, game.describe)
-        record = step_record(turn, watch.lap(), policy.device, game.describe) | evaluation
-        run.record(record, games)
-        progress.step(record, games)
         if stopping:
             run.event("paused", step=step + 1)
             raise Paused(f"paused after step {step}; go on with: lsp train --resume {run.folder}")
@@ -135,7 +136,7 @@ def play(
     if evaluation := evaluate():
         run.record({"step": config.steps, **evaluation}, [])
         progress.step({"step": config.steps, **evaluation}, [])
-    policy.save(run.model_folder)
+    save_model(run, policy)
     run.event("finished", step=config.steps)
 
 
@@ -149,12 +150,13 @@ class Game:
     learner: Learner
     reward: RewardSum
     judge: QualityJudge | None
+    challenger_prompts: list[ChallengerPrompt]
     queries: list[str]
 
     @property
     def in_arena(self) -> bool:
         """Whether queries are the arena's: then held-out ones are known, and unsolvable ones."""
-        return any(section.kind == "arena" for section in self.config.reward.values())
+        return plays_in_arena(self.config)
 
     @property
     def describe(self) -> Callable[[str], Record] | None:
@@ -170,9 +172,11 @@ class Game:
         """The Challenger's turn; None in GRPO, which has none."""
         if self.config.algorithm == "grpo":
             return None
+        # Of several (task, template) pairs one is drawn for the whole step.
+        prompts, key = self.challenger_prompts, stream_key(self.config.seed, step, "task")
         return pose_queries(
             self.sampler,
-            challenger_prompt_of_step(self.config, step),
+            prompts[choose(key, len(prompts))],
             self.config.challenger,
             self.config.solver.system_prompt,
             arena.is_held_out_query if self.in_arena else lambda query: False,
@@ -207,12 +211,17 @@ class Game:
 
 def prepare(config: Config) -> Game:
     """Check everything that needs no weights, then load them."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    config = config.model_copy(update={"threads": torch.get_num_threads()})
     device, reward, queries = check_without_weights(config)
     warn_of_bias(config)
     policy = load_policy(config.policy, device, with_reference=config.needs_reference)
     sampler = TransformersSampler(policy.model, policy.chat, config.seed, config.rollout.batch_size)
     judge = build_judge(config, policy) if config.algorithm == "lsp" else None
-    return Game(config, policy, sampler, Learner(policy, config), reward, judge, queries)
+    prompts = challenger_prompts(config) if config.algorithm != "grpo" else []
+    learner = Learner(policy, config)
+    return Game(config, policy, sampler, learner, reward, judge, prompts, queries)
 
 
 def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list[str]]:
@@ -222,7 +231,8 @@ def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list
     """
     device = choose_device(config.device)
     reward = build_reward(config)
-    queries = load_queries(config.data) if config.algorithm == "grpo" else []
+    held_out = arena.is_held_out_query if plays_in_arena(config) else lambda query: False
+    queries = load_queries(config.data, held_out) if config.algorithm == "grpo" else []
     chat = load_chat(config.policy)
     context = context_length(load_model_config(config.policy.path))
     try:
@@ -240,6 +250,11 @@ def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list
     return device, reward, queries
 
 
+def plays_in_arena(config: Config) -> bool:
+    rewards = any(section.kind == "arena" for section in config.reward.values())
+    return rewards or "arena" in config.eval.tasks
+
+
 def challenger_prompts(config: Config) -> list[ChallengerPrompt]:
     """The prompts of all (task, template) pairs."""
     section = config.challenger
@@ -250,15 +265,9 @@ def challenger_prompts(config: Config) -> list[ChallengerPrompt]:
     ]
 
 
-def challenger_prompt_of_step(config: Config, step: int) -> ChallengerPrompt:
-    """The step's prompt; of several one is drawn for the whole step."""
-    prompts = challenger_prompts(config)
-    return prompts[choose(stream_key(config.seed, step, "task"), len(prompts))]
-
-
 def warn_of_bias(config: Config) -> None:
     """Say once that a truncated sampling distribution is not the one whose gradient is taken."""
-    for role in ("challenger", "solver"):
+    for role in ("solver",) if config.algorithm == "grpo" else ("challenger", "solver"):
         section = getattr(config, role)
         if section.top_p < 1 or section.top_k > 0:
             warnings.warn(

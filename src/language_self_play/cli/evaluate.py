@@ -25,7 +25,9 @@ def run(arguments: list[str]) -> int:
         description="The exact probability of the right answer to each of the arena's held-out"
         " questions at temperature 1, and whether greedy decoding gives it.",
     )
-    accuracy.add_argument("model", metavar="MODEL", help="a folder, a hub id, or `arena`")
+    accuracy.add_argument(
+        "model", metavar="MODEL", help="a run, a model folder, a hub id, or `arena`"
+    )
     accuracy.add_argument("--json", metavar="FILE", type=Path, help="also write every question")
     accuracy.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     options = parser.parse_args(arguments)
@@ -44,13 +46,20 @@ def _accuracy(model: str, device: str, json_file: Path | None) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from language_self_play.config import Learner, Policy
+    from language_self_play.config import Config, Learner, Policy, merge
     from language_self_play.evaluate.accuracy import Accuracy, arena_accuracy
     from language_self_play.policy import choose_device, load_chat_model
+    from language_self_play.run_folder import RunFolder
 
-    tokens_at_once = Learner().tokens_per_micro_batch
-    chat, weights = load_chat_model(Policy(path=model), choose_device(device))
-    accuracy = arena_accuracy(weights, chat, tokens_at_once)
+    tokens_at_once, system_prompt = Learner().tokens_per_micro_batch, None
+    section = Policy(path=model)
+    if (run := RunFolder.holding(Path(model))) is not None:
+        # As the run evaluates it: with its chat template and system prompt.
+        path = str(run.newest_model()) if Path(model) == run.folder else model
+        config = Config.from_table(merge(run.config(), {"policy": {"path": path}}))
+        section, system_prompt = config.policy, config.solver.system_prompt
+    chat, weights = load_chat_model(section, choose_device(device))
+    accuracy = arena_accuracy(weights, chat, tokens_at_once, system_prompt)
     table = Table(title=Text(f"Held-out accuracy of {model} in %, with 95 % intervals"))
     for column in ("tier", "task", "questions", "sampled", "greedy"):
         table.add_column(column, justify="left" if column in ("tier", "task") else "right")

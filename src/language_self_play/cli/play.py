@@ -63,24 +63,27 @@ def config_for(model: str, recipe: str | None, overrides: dict[str, Any]) -> Con
     from language_self_play.run_folder import RunFolder
 
     path = Path(model)
-    run = RunFolder(path.parent if path.name == "model" else path)
+    run = RunFolder.holding(path)
     table: dict[str, Any] = {}
     if recipe is not None:
         table = load_recipe(recipe)
-    elif run.config_file.is_file():
+    elif run is not None:
         table = run.config()
-        model = str(run.model_folder)
+        model = str(run.newest_model()) if path == run.folder else model
     elif model == BUILT_IN_MODEL:
         table = load_recipe(BUILT_IN_MODEL)
-    rewards = table.get("reward") or {}
-    if table.get("algorithm") != "lsp" and any(r.get("kind") == "arena" for r in rewards.values()):
-        # LSP-Zero and GRPO say nothing about the parts of the game that they do without.
-        arena = load_recipe(BUILT_IN_MODEL)
-        table = merge(table, {name: arena[name] for name in ("challenger", "self_reward")})
-    if not rewards:
+    if table.get("reward"):
+        played = Config.from_table(merge({"policy": {"path": model}}, table))
+        if played.algorithm != "lsp" and any(r.kind == "arena" for r in played.reward.values()):
+            # LSP-Zero says nothing about the judge, and GRPO nothing about the Challenger either.
+            arena = load_recipe(BUILT_IN_MODEL)
+            needed = ["self_reward", *(["challenger"] if played.algorithm == "grpo" else [])]
+            table = merge(table, {name: arena[name] for name in needed})
+    else:
         # Without a reward only the quality self-reward is shown.
-        rewards = {"none": {"kind": "python", "function": f"{__name__}:no_reward"}}
-    ours = {"policy": {"path": model}, "algorithm": "lsp", "reward": rewards}
+        table["reward"] = {"none": {"kind": "python", "function": f"{__name__}:no_reward"}}
+    table.pop("data", None)
+    ours = {"policy": {"path": model}, "algorithm": "lsp"}
     return Config.from_table(merge(merge(table, ours), overrides))
 
 
@@ -129,7 +132,7 @@ def watch(game: Game, num_games: int) -> None:
 
 
 def answer_yourself(game: Game, num_games: int) -> None:
-    """The Challenger asks the person; the Solver answers too, once, and both are scored."""
+    """The Challenger asks the person; the Solver answers too, and both are scored."""
     from language_self_play.players import answer_queries
     from language_self_play.progress import printable
 
@@ -142,8 +145,13 @@ def answer_yourself(game: Game, num_games: int) -> None:
             game.sync(step)
             posed = game.pose(step)
             assert posed is not None
-            for query in posed.queries[: num_games - played]:
-                print(f"\n{played + 1}/{num_games}  {printable(query)}")
+            for posed_query in posed.all_queries[: num_games - played]:
+                query = posed_query.text
+                played += 1
+                print(f"\n{played}/{num_games}  {printable(query)}")
+                if not posed_query.valid:
+                    print(f"  invalid: {posed_query.reason}")
+                    continue
                 typed = input("  your answer: ").strip()
                 if not typed:
                     continue
@@ -153,7 +161,7 @@ def answer_yourself(game: Game, num_games: int) -> None:
                 R = game.reward([query], [[mine, theirs]])[0].tolist()
                 print(f"  the Solver says {printable(theirs)}")
                 print(f"  rewards: you {R[0]:.3g}, the Solver {R[1]:.3g}")
-                person, solver, played = person + R[0], solver + R[1], played + 1
+                person, solver = person + R[0], solver + R[1]
             step += 1
     except (EOFError, KeyboardInterrupt):
         print()

@@ -77,7 +77,12 @@ def arena_accuracy(
     eos = torch.tensor(chat.eos_ids)
     rows = []
     for query, problem in problems:
-        rows.append((chat.encode(query, system_prompt), chat.encode_reply(problem.answer)))
+        rows.append(
+            (
+                chat.encode(query, system_prompt),
+                chat.encode_reply(query, problem.answer, system_prompt),
+            )
+        )
     # Equal lengths go together: a batch is a rectangle of prompts and one of answers.
     by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, (_, answer) in enumerate(rows):

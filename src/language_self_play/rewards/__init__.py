@@ -46,6 +46,7 @@ def build_reward(config: Config) -> RewardSum:
             from language_self_play.rewards.python import load_function
 
             function = load_function(name, section.function)
+            _call(name, function, ["a query"], ["an answer"])  # what is wrong with it shows now
         else:
             from language_self_play.rewards.arena import arena_reward
 

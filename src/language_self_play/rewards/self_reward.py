@@ -50,11 +50,22 @@ class JudgeQuestions:
 
     def prompts(self, pairs: list[tuple[str, str]], prefill: str = "") -> list[list[int]]:
         """The rubric about each (query, answer) pair."""
-        return [self.chat.encode(judge_prompt(self.rubric, *p), prefill=prefill) for p in pairs]
+        return [
+            self.chat.encode(judge_prompt(self.rubric, *self._plain(pair)), prefill=prefill)
+            for pair in pairs
+        ]
 
     def criterion_prompts(self, pairs: list[tuple[str, str]]) -> list[list[int]]:
         """For each pair one yes/no question a criterion."""
-        return [self.chat.encode(criterion_prompt(c, *p)) for p in pairs for c in self.criteria]
+        return [
+            self.chat.encode(criterion_prompt(criterion, *self._plain(pair)))
+            for pair in pairs
+            for criterion in self.criteria
+        ]
+
+    def _plain(self, pair: tuple[str, str]) -> tuple[str, str]:
+        # A player that writes role marks must not speak to the judge with them.
+        return self.chat.without_special(pair[0]), self.chat.without_special(pair[1])
 
     def fits(self, prompt: list[int]) -> bool:
         return len(prompt) < self.context_length

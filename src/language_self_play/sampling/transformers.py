@@ -1,7 +1,7 @@
 """The in-process sampler: the policy's own weights, one prefill a prompt, decoding in one batch.
 
-A prompt is computed once, however many completions it gets: its keys and values are repeated in
-the cache. A completion that has ended leaves the batch.
+In a batch every distinct prompt is computed once, however many completions it gets: its keys and
+values are repeated in the cache. A completion that has ended leaves the batch.
 """
 
 from __future__ import annotations
@@ -66,10 +66,7 @@ class TransformersSampler:
         ]
 
     def _batches(self, prompts: list[list[int]], n: int) -> Iterator[dict[int, range]]:
-        """Batches of at most batch_size completions: prompt index -> its completions' indices.
-
-        Every batch takes the same number of completions of each of its prompts.
-        """
+        """Batches of at most batch_size completions: prompt index -> its completions' indices."""
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         if n >= self.batch_size:
             for i in by_length:
@@ -92,9 +89,10 @@ class TransformersSampler:
     ) -> None:
         """Decode one batch, appending to `tokens` and `logprobs`."""
         device = self.model.device
-        repeats = len(next(iter(rows.values())))
         where = [(i, j) for i, completions in rows.items() for j in completions]
-        ids_BP, mask_BP = pad_left([prompts[i] for i in rows], self.chat.pad_id, device)
+        distinct = {prompt: b for b, prompt in enumerate({tuple(prompts[i]): None for i in rows})}
+        prompt_of_row = torch.tensor([distinct[tuple(prompts[i])] for i, _ in where], device=device)
+        ids_BP, mask_BP = pad_left(map(list, distinct), self.chat.pad_id, device)
         cache = DynamicCache(config=self.model.config)
         logits = self.model(
             input_ids=ids_BP,
@@ -104,9 +102,8 @@ class TransformersSampler:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        cache.batch_repeat_interleave(repeats)
-        logits = logits.repeat_interleave(repeats, 0)
-        mask = mask_BP.repeat_interleave(repeats, 0)
+        cache.batch_select_indices(prompt_of_row)
+        logits, mask = logits[prompt_of_row], mask_BP[prompt_of_row]
         positions = mask.sum(-1)  # where each row's next token stands
         index = torch.tensor(where)  # on the CPU, as the uniforms are: MPS has no float64
         eos = torch.tensor(self.chat.eos_ids, device=device)
