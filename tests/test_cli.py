@@ -367,6 +367,7 @@ def test_play_takes_prompts_and_rewards_from_the_run_that_the_model_comes_from(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "config.toml").write_text(
         'algorithm = "lsp-zero"\n[policy]\npath = "m"\n[solver]\nmax_tokens = 9\n'
         '[challenger]\ntask = "riddles"\n[reward.r]\nkind = "arena"\n'
@@ -397,15 +398,17 @@ def test_what_the_tiny_model_learned_can_be_played_whichever_recipe_taught_it(
     from language_self_play.cli.play import config_for
     from language_self_play.policy import Chat
     from language_self_play.prompts import judge_prompt, rubric_text
-    from language_self_play.train import challenger_prompt_of_step
+    from language_self_play.train import challenger_prompts
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "config.toml").write_text(Config.from_recipe(recipe).to_toml(), "utf-8")
     config = config_for("run", None, {})
     tokenizer = build_tokenizer()
     chat = Chat(tokenizer, [tokenizer.eos_token_id], {})
-    assert len(chat.encode(challenger_prompt_of_step(config, 0).text)) < MAX_POSITIONS
+    [prompt] = challenger_prompts(config)
+    assert len(chat.encode(prompt.text)) < MAX_POSITIONS
     rubric = rubric_text(config.self_reward.rubric)
     assert len(chat.encode(judge_prompt(rubric, "27+48", "57"))) < MAX_POSITIONS
 

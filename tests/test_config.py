@@ -40,6 +40,10 @@ TABLE = {"policy": {"path": "m"}, "reward": {"main": {"kind": "arena"}}}
 # ---------------------------------------------------------------- what is accepted
 
 
+def data_for(algorithm):
+    return {"data": {"path": "q.jsonl"}} if algorithm == "grpo" else {}
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_is_valid_and_survives_being_written_back(name):
     config = Config.from_recipe(name)
@@ -125,7 +129,7 @@ def test_defaults_are_the_papers_where_it_gives_them():
 )
 def test_the_learning_rate_is_the_papers_for_the_algorithm_unless_it_is_set(algorithm, learner, lr):
     config = Config.from_table(
-        TABLE | {"algorithm": algorithm, "learner": learner, "data": {"path": "q.jsonl"}}
+        TABLE | {"algorithm": algorithm, "learner": learner} | data_for(algorithm)
     )
     assert config.lr == lr
 
@@ -158,8 +162,8 @@ def test_a_reference_is_needed_for_a_kl_term_or_a_judge_only(
             "algorithm": algorithm,
             "solver": {"beta": solver_beta},
             "challenger": {"beta": challenger_beta},
-            "data": {"path": "q.jsonl"},
         }
+        | data_for(algorithm)
     )
     assert config.needs_reference is needed
 
@@ -369,7 +373,8 @@ MISTAKES = {
     "nan for int": ("steps = nan\n" + VALID, "steps = nan: "),
     "unknown algorithm": ('algorithm = "ppo"\n' + VALID, "algorithm = 'ppo': "),
     "unknown kl": (VALID + '[learner]\nkl = "k4"\n', "learner.kl = 'k4': "),
-    "unknown engine": (VALID + '[rollout]\nengine = "abacus"\n', "rollout.engine = 'abacus': "),
+    "unknown engine": (VALID + '[rollout]\nengine = "abacus"\n', "rollout.engine: no such "),
+    "data for a game that poses its own": (VALID + '[data]\npath = "q.jsonl"\n', "data.path = "),
     "unknown evaluation": (VALID + '[eval]\ntasks = ["x"]\n', "eval.tasks.0 = 'x': "),
     "unknown section": (
         VALID + "[solvr]\nbeta = 1\n",

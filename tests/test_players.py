@@ -46,7 +46,7 @@ class ScriptedSampler:
         return [Group(p, [self._completion(next(texts)) for _ in range(n)]) for p in prompts]
 
     def _completion(self, text: str) -> Completion:
-        tokens = self.chat.encode_reply(text.removesuffix(CUT))
+        tokens = self.chat.tokenizer.encode(text.removesuffix(CUT), add_special_tokens=False)
         reason = "length" if text.endswith(CUT) else "stop"
         return Completion(tokens, text.removesuffix(CUT), [-1.0] * len(tokens), reason)
 

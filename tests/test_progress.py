@@ -53,7 +53,7 @@ def test_the_headline_holds_the_numbers_that_matter_in_a_fixed_order():
         "loss": 9.9,
     }
     assert headline(record) == (
-        "V̄ 0.42  V_Q 0.50  KL 0.006/0.123  valid 97%  unsolvable 6%  held-out 45.7%"
+        "held-out 45.7%  V̄ 0.42  V_Q 0.50  KL 0.006/0.123  valid 97%  unsolvable 6%"
     )
 
 
@@ -184,7 +184,7 @@ def test_plain_lines_keep_the_last_evaluation_in_sight(clock):
     watcher.step({"step": 0, "reward/mean": 0.5, "eval/sampled_accuracy": 0.25}, [])
     clock.s += 9
     watcher.step({"step": 1, "reward/mean": 0.75}, [])
-    assert out.getvalue().splitlines()[1].endswith("V̄ 0.75  held-out 25.0%")
+    assert out.getvalue().splitlines()[1].endswith("held-out 25.0%  V̄ 0.75")
 
 
 def test_plain_lines_show_no_games_if_none_are_wanted(clock):
@@ -212,12 +212,23 @@ def play_with_a_bar(*games, every_s=1e-9, width=200, record=None):
     return out.getvalue()
 
 
-def test_the_live_bar_shows_steps_and_numbers_and_a_game_above_itself():
-    out = play_with_a_bar(game("27+48", 1, 0), game("3+4", 1, 0))
-    assert "27+48  →  57 (R 1, R_Q 3.50)  |  57 (R 0, R_Q 3.50)   V 0.50" in out
-    last = [line for line in out.splitlines() if "/10" in line][-1]
-    assert "2/10" in last
-    assert last.rstrip().endswith("left  V̄ 0.25")
+def test_the_live_bar_shows_steps_and_numbers_and_a_game_on_80_columns():
+    numbers = {
+        "eval/sampled_accuracy": 0.457,
+        "quality/mean": 0.5,
+        "kl/solver": 0.006,
+        "kl/challenger": 0.123,
+        "queries/valid_fraction": 0.97,
+        "queries/unsolvable_fraction": 0.06,
+    }
+    games = game("27+48", 1, 0), game("3+4", 1, 0)
+    lines = play_with_a_bar(*games, width=80, record=numbers).splitlines()
+    assert any("27+48  →  57 (R 1, R_Q 3.50)  |  57 (R 0, R_Q 3.50)   V 0.50" in s for s in lines)
+    bar = [i for i, line in enumerate(lines) if "2/10" in line][-1]
+    assert "step" in lines[bar]
+    assert lines[bar].rstrip().endswith("left")
+    below = "held-out 45.7%  V̄ 0.25  V_Q 0.50  KL 0.006/0.123  valid 97%  unsolvable 6%"
+    assert below in lines[bar + 1]
 
 
 def test_the_live_bar_shows_markup_and_emoji_names_as_they_were_written():

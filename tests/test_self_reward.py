@@ -98,7 +98,7 @@ def test_the_digits_of_a_real_tokenizer_are_told_apart(test_data: Path):
         judge = make_judge(model, chat, "expected")
     except ConfigError:
         return  # Refusing the tokenizer would be right too.
-    assert len(set(judge.digits)) == 8
+    assert len(set(judge.questions.choices)) == 8
 
 
 # ---------------------------------------------------------------- mode criteria
@@ -234,7 +234,7 @@ def test_a_pair_that_exceeds_the_context_takes_the_mean_of_the_others_and_is_cou
 def test_a_rubric_that_fills_the_context_is_refused(make_model, chat):
     # <|user|>, `Judge `, ` => ` and <|assistant|> are 4 tokens; mode expected adds <score>.
     make_judge(make_model("llama", context=6), chat, "expected")
-    with pytest.raises(ConfigError, match=r"self_reward\.rubric: takes . tokens"):
+    with pytest.raises(ConfigError, match=r"self_reward\.rubric = 'arena': takes . tokens"):
         make_judge(make_model("llama", context=4), chat, "expected")
 
 

@@ -83,6 +83,36 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path):
     assert_same_run(whole, resumed)
 
 
+def test_a_run_killed_between_a_record_and_its_checkpoint_loses_no_step(tmp_path, monkeypatch):
+    import language_self_play.train as train
+
+    whole = self_play(small(), tmp_path / "whole")
+    save = train.save_checkpoint
+
+    def die_at_step_4(run, policy, optimizer, step, keep_last):
+        if step == 4:
+            raise KeyboardInterrupt
+        return save(run, policy, optimizer, step, keep_last)
+
+    monkeypatch.setattr(train, "save_checkpoint", die_at_step_4)
+    with pytest.raises(KeyboardInterrupt):
+        self_play(small(), tmp_path / "part")
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    part = RunFolder(tmp_path / "part")
+    self_play(part.resumed_config({}), part.folder, resume=True)
+    assert_same_run(whole, part)
+
+
+def test_resume_from_python_refuses_another_run_too(tmp_path):
+    run = self_play(small(steps=2), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"seed = 1: was 0 when the run began"):
+        self_play(small(steps=4, seed=1), run.folder, resume=True)
+    with pytest.raises(ConfigError, match=r"steps = 1: the run has played 2 steps already"):
+        self_play(run.resumed_config({"steps": 1}), run.folder, resume=True)
+    with pytest.raises(RunFolderError, match="no run here"):
+        self_play(small(), tmp_path / "nothing", resume=True)
+
+
 def test_the_next_stage_starts_from_a_saved_model_as_its_own_reference(tmp_path):
     first = self_play(small("arena-grpo", steps=2, learner={"lr": 1e-3}), tmp_path / "grpo")
     policy = {"path": str(first.model_folder)}
@@ -125,11 +155,17 @@ def test_truncated_sampling_warns_once_that_the_gradient_is_biased(tmp_path):
     assert len(warned) == 1
 
 
-def test_tinychat_plays_through_its_chat_template(test_data, tmp_path, monkeypatch):
+@pytest.fixture
+def length_reward(tmp_path, monkeypatch):
+    """A reward that varies on any text."""
     (tmp_path / "length_reward.py").write_text(
         "def reward(queries, answers):\n    return [len(a) / 20 for a in answers]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
+    return {"length": {"kind": "python", "function": "length_reward:reward"}}
+
+
+def test_tinychat_plays_through_its_chat_template(test_data, tmp_path, length_reward):
     (tmp_path / "prompt.txt").write_text("Ask me something")
     (tmp_path / "rubric.txt").write_text("{query} {answer}")
     table = {
@@ -138,7 +174,7 @@ def test_tinychat_plays_through_its_chat_template(test_data, tmp_path, monkeypat
         "challenger": {"num_queries": 4, "max_tokens": 80, "prompt": str(tmp_path / "prompt.txt")},
         "solver": {"group_size": 4, "max_tokens": 60},
         "self_reward": {"rubric": str(tmp_path / "rubric.txt"), "max_tokens": 5},
-        "reward": {"length": {"kind": "python", "function": "length_reward:reward"}},
+        "reward": length_reward,
         "learner": {"lr": 1e-3},
     }
     run = self_play(Config.from_table(table), tmp_path / "run")
@@ -151,14 +187,16 @@ def test_tinychat_plays_through_its_chat_template(test_data, tmp_path, monkeypat
     assert not any("\n" in answer["text"] for game in games for answer in game["answers"])
 
 
-def test_stories_without_a_chat_template_are_refused_with_what_to_do(test_data, tmp_path):
+def test_stories_need_a_chat_template_and_then_play(test_data, tmp_path, length_reward):
     table = {
         **SMALL,
         "algorithm": "lsp-zero",
         "policy": {"path": str(test_data / "models" / "stories260K")},
-        "reward": {"answer": {"kind": "arena"}},
-        "challenger": {"num_queries": 4, "max_tokens": 24},
+        "reward": length_reward,
+        # Stories don't end within so few tokens: a query has to be allowed to be long.
+        "challenger": {"num_queries": 4, "max_tokens": 450},
         "solver": {"group_size": 2, "max_tokens": 24},
+        "learner": {"lr": 1e-3},
     }
     with pytest.raises(ModelError, match=r"has no chat template.*policy\.chat_template a Jinja"):
         self_play(Config.from_table(table), tmp_path / "refused")
@@ -171,7 +209,7 @@ def test_stories_without_a_chat_template_are_refused_with_what_to_do(test_data, 
     (tmp_path / "prompt.txt").write_text("Once upon a time")
     table["challenger"] = {**table["challenger"], "prompt": str(tmp_path / "prompt.txt")}
     run = self_play(Config.from_table(table), tmp_path / "run")
-    assert len(list(run.metrics())) == 4
+    assert list(run.metrics())[3]["kl/solver"] > 0
 
 
 @pytest.mark.slow

@@ -15,7 +15,9 @@ from language_self_play.randomness import permutation, stream_key
 BUILT_IN_QUERIES = "arena"
 
 
-def load_queries(section: Data, is_held_out: Callable[[str], bool]) -> list[str]:
+def load_queries(
+    section: Data, is_held_out: Callable[[str], bool] = lambda query: False
+) -> list[str]:
     """The file's queries, without evaluation questions. Raises InputFileError that names the line."""
     assert section.path is not None, "checked with the configuration"
     path = Path(section.path)

@@ -36,10 +36,12 @@ def completion_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: 
     token_mask = batch.mask_BKT.flatten(0, 1).long()
     prompt_mask = batch.prompt_mask_BP.repeat_interleave(K, 0)
     steps = torch.arange(T - 1, device=tokens.device)
+    positions = lengths_B.repeat_interleave(K)[:, None] + steps
     logits = model(
         input_ids=tokens[:, :-1],
         attention_mask=torch.cat([prompt_mask, token_mask[:, :-1]], 1),
-        position_ids=lengths_B.repeat_interleave(K)[:, None] + steps,
+        # Padding stands at position 0: beyond a row's own tokens the context may end.
+        position_ids=positions * token_mask[:, :-1],
         past_key_values=cache,
         use_cache=True,
     ).logits

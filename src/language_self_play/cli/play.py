@@ -147,10 +147,10 @@ def answer_yourself(game: Game, num_games: int) -> None:
             assert posed is not None
             for posed_query in posed.all_queries[: num_games - played]:
                 query = posed_query.text
-                played += 1
-                print(f"\n{played}/{num_games}  {printable(query)}")
+                print(f"\n{played + 1}/{num_games}  {printable(query)}")
                 if not posed_query.valid:
                     print(f"  invalid: {posed_query.reason}")
+                    played += 1
                     continue
                 typed = input("  your answer: ").strip()
                 if not typed:
@@ -161,7 +161,7 @@ def answer_yourself(game: Game, num_games: int) -> None:
                 R = game.reward([query], [[mine, theirs]])[0].tolist()
                 print(f"  the Solver says {printable(theirs)}")
                 print(f"  rewards: you {R[0]:.3g}, the Solver {R[1]:.3g}")
-                person, solver = person + R[0], solver + R[1]
+                person, solver, played = person + R[0], solver + R[1], played + 1
             step += 1
     except (EOFError, KeyboardInterrupt):
         print()

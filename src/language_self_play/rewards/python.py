@@ -1,4 +1,4 @@
-"""A Python function of the user's as a reward: `module:function`, checked by one call."""
+"""A Python function of the user's as a reward, named `module:function`."""
 
 from __future__ import annotations
 
