@@ -30,21 +30,18 @@ def print_summary(run: RunFolder, console: Any) -> None:
                 text.append(piece, style)
             console.print(text)
     folder, lsp = shlex.quote(str(run.folder)), command_name()
-    console.print(
-        f"\nThe run is in {folder}: its config, metrics, games, checkpoints and model. Next:\n"
-        f"  {lsp} play {folder}             watch the model play both roles; --answer joins in",
-        highlight=False,
-        markup=False,
-        emoji=False,
-        soft_wrap=True,
-    )
-    more = f"  {lsp} train --resume {folder} --steps {2 * max(1, len(records))}     play on"
+    next_commands = [
+        ("watch the model play both roles; --answer joins in", f"play {folder}"),
+        ("play on", f"train --resume {folder} --steps {2 * max(1, len(records))}"),
+    ]
     if any("tier" in game for game in games):
-        more = (
-            f"  {lsp} eval accuracy {folder}/model     its accuracy by tier and task\n"
-            f"  {lsp} train arena-zero      the game without self-reward, to see what that is for"
-        )
-    console.print(more, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        next_commands[1:] = [
+            ("its accuracy by tier and task", f"eval accuracy {folder}"),
+            ("the game without self-reward, to see what that is for", "train arena-zero"),
+        ]
+    lines = [f"\nThe run is in {folder}: config, metrics, games, checkpoints, model. Next:"]
+    lines += [f"  {what}:\n    {lsp} {command}" for what, command in next_commands]
+    console.print("\n".join(lines), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def command_name() -> str:
