@@ -363,7 +363,7 @@ def test_the_summary_names_the_folder_as_it_is_whatever_its_name(finished_run, n
     quoted = f"'{run.folder}'" if name != "a:smile:b" else str(run.folder)
     text = summary(run, width=400)
     assert f"The run is in {quoted}: " in text
-    assert f"  lsp play {quoted} " in text
+    assert f"    lsp play {quoted}\n" in text
 
 
 def test_the_commands_of_the_summary_can_be_copied_from_a_narrow_terminal(finished_run):
