@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -125,6 +126,8 @@ def load_chat_model(section: PolicySection, device: torch.device) -> tuple[Chat,
 def load_chat(section: PolicySection) -> Chat:
     """The tokenizer, with `policy.chat_template` if one is given. Raises ModelError."""
     path = resolve_model(section.path)
+    if not Path(path).is_dir():
+        print(f"{path}: no folder of that name here, so the hub is asked", file=sys.stderr)
     tokenizer = _load(section.path, lambda: AutoTokenizer.from_pretrained(path))
     if section.chat_template is not None:
         tokenizer.chat_template = read_text(Path(section.chat_template), "policy.chat_template")

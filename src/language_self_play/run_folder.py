@@ -54,7 +54,9 @@ class RunFolder:
         return models[-1] if models and not self.model_folder.is_dir() else self.model_folder
 
     def refuse_if_used(self) -> None:
-        """Raises RunFolderError if a run is already here."""
+        """Raises RunFolderError if a run is already here, or something that is no folder."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunFolderError(f"{self.folder}: is a file; a run needs a folder of its own")
         if self.config_file.exists() or self.metrics_file.exists():
             raise RunFolderError(
                 f"{self.folder}: already holds a run; go on with it by --resume {self.folder},"

@@ -23,7 +23,8 @@ def print_summary(run: RunFolder, console: Any) -> None:
         console.print(accuracy_table(evaluations[0], evaluations[-1]))
     games = three_games(run, records)
     if games:
-        console.print("\nThree games of the last step, from its easiest query to its hardest:")
+        note = " (numbers are answered units first)" if "tier" in games[0] else ""
+        console.print(f"\nThree games of the last step, easiest query first{note}:")
         for game in games:
             text = Text("  ")
             for piece, style in game_pieces(game):

@@ -130,7 +130,8 @@ def play(
             save(run, policy, learner.optimizer, step + 1, config.checkpoint.keep_last)
         if stopping:
             run.event("paused", step=step + 1)
-            raise Paused(f"paused after step {step}; go on with: lsp train --resume {run.folder}")
+            played = f"{step + 1} of {config.steps} steps"
+            raise Paused(f"paused, {played} played; go on with: lsp train --resume {run.folder}")
 
     sync(config.steps)
     if evaluation := evaluate():

@@ -138,7 +138,10 @@ def answer_yourself(game: Game, num_games: int) -> None:
 
     units_first = game.in_arena
     if units_first:
-        print("The arena writes numbers units first; type yours as usual. An empty line skips.")
+        print(
+            "Answer as usual (75 for 27+48); the arena and the Solver write the units first (57)."
+            " An empty line skips."
+        )
     person = solver = played = step = 0
     try:
         while played < num_games:

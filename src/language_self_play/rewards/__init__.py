@@ -6,6 +6,7 @@ A reward is a function of flat lists, `reward(queries, answers) -> one number fo
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -62,7 +63,11 @@ def _call(name: str, function: RewardFunction, queries: list[str], answers: list
         values = list(returned) if isinstance(returned, Iterable) else [returned]
     except Exception as error:
         # A reward is the user's code; whatever it raises is reported under its name.
-        raise RewardError(f"reward.{name}: raised {type(error).__name__}: {error}") from error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise RewardError(
+            f"reward.{name}: raised {type(error).__name__}: {error}"
+            f" ({where.filename}:{where.lineno})"
+        ) from error
     try:
         if not isinstance(returned, Iterable) or any(isinstance(v, str) for v in values):
             raise TypeError("not a list of numbers")

@@ -45,7 +45,8 @@ class JudgeQuestions:
         if not all(map(self.fits, empty)):
             raise ConfigError(
                 f"self_reward.rubric = {settings.rubric!r}: takes {max(map(len, empty))} tokens, and"
-                f" the model's context has only {context_length}; use a shorter rubric"
+                f" the model's context has only {context_length}; use a shorter rubric (`arena` is one for the"
+                " arena's model)"
             )
 
     def prompts(self, pairs: list[tuple[str, str]], prefill: str = "") -> list[list[int]]:
