@@ -68,7 +68,7 @@ def check_challenger_prompt(tokens: list[int], context_length: int) -> None:
     if len(tokens) >= context_length:
         raise ConfigError(
             f"challenger.prompt: takes {len(tokens)} tokens, and the model's context has only"
-            f" {context_length}; use a shorter prompt (`arena` is one word for the arena's model), or a model"
+            f" {context_length}; use a shorter prompt (`arena` is one for the arena's model), or a model"
             " with a longer context"
         )
 

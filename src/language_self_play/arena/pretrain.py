@@ -6,10 +6,9 @@ Three skills are learned at once (see tiny_model): solve, pose, judge. The answe
 solve from are partly wrong, as those of people are; this is what leaves the model room to sharpen.
 No held-out question, nor any human query of the GRPO file, depends on this script's randomness.
 
-What decided success, found by trying: answers units first; Muon for the matrices, at a small
-learning rate; many small steps, each a mixture of all tasks (batches of equal lengths, which mix
-badly, learned no addition from 300,000 examples; this recipe does from 200,000); and clean answers
-first, wrong ones only in the last part, when the skills are there.
+Found by trying, one run each: answers units first; Muon for the matrices, at a small learning rate; many
+small steps, each a mixture of all tasks; and clean answers first, wrong ones only in the last part, when
+the skills are there. docs/arena.md says what did not work.
 """
 
 from __future__ import annotations
