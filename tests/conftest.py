@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from language_self_play.config import Config, merge
+from language_self_play.config import Config
+from language_self_play.recipe_files import merge
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -29,7 +30,10 @@ SMALL_RUN = {
 # (about 1 nat) and attention matter; sliding windows are smaller than the sequences of the tests.
 HIDDEN, HEADS, LAYERS, WINDOW, CONTEXT = 32, 4, 2, 5, 512
 INITIALIZER_RANGE = 0.2
-ARCHITECTURES = ("llama", "qwen2", "gemma2", "gemma3", "gpt2", "opt")
+ARCHITECTURES = (
+    *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "olmo2"),
+    *("gpt2", "opt"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +71,7 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def chat(tokenizer: Any) -> Any:
     """The arena's tokenizer with its chat template and its one stop token."""
-    from language_self_play.policy import Chat
+    from language_self_play.chat import Chat
 
     return Chat(tokenizer, [tokenizer.eos_token_id], {})
 
@@ -75,7 +79,7 @@ def chat(tokenizer: Any) -> Any:
 @pytest.fixture(scope="session")
 def endless_chat(tokenizer: Any) -> Any:
     """The same, with a stop token outside the vocabulary: completions end at their limits only."""
-    from language_self_play.policy import Chat
+    from language_self_play.chat import Chat
 
     return Chat(tokenizer, [len(tokenizer)], {})
 
@@ -87,6 +91,8 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
     def make(architecture: str, seed: int = 0, context: int = CONTEXT) -> Any:
         import torch
         import transformers
+
+        from language_self_play.pretrained import without_dropout
 
         tokens = {
             "vocab_size": len(tokenizer),
@@ -114,6 +120,14 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
                 config = transformers.LlamaConfig(**tokens, **shape)
             case "qwen2":
                 config = transformers.Qwen2Config(**tokens, **shape)
+            case "qwen3":
+                config = transformers.Qwen3Config(**tokens, **shape, head_dim=HIDDEN // HEADS)
+            case "mistral":
+                config = transformers.MistralConfig(**tokens, **shape, sliding_window=WINDOW)
+            case "phi3":
+                config = transformers.Phi3Config(**tokens, **shape)
+            case "olmo2":
+                config = transformers.Olmo2Config(**tokens, **shape)
             case "gemma2":
                 config = transformers.Gemma2Config(**tokens, **shape, **sliding)
             case "gemma3":
@@ -139,7 +153,8 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
                     init_std=INITIALIZER_RANGE,
                 )
         torch.manual_seed(seed)
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return without_dropout(model.eval())
 
     return make
 
@@ -151,9 +166,15 @@ def tiny_llama(make_model: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture(params=ARCHITECTURES)
-def any_model(request: pytest.FixtureRequest, make_model: Callable[..., Any]) -> Any:
+def architecture(request: pytest.FixtureRequest) -> str:
+    """The name of each architecture, for make_model."""
+    return request.param
+
+
+@pytest.fixture
+def any_model(architecture: str, make_model: Callable[..., Any]) -> Any:
     """One random model of each architecture."""
-    return make_model(request.param)
+    return make_model(architecture)
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from language_self_play.arena.questions import held_out_problems
 from language_self_play.arena.tasks import Problem
+from language_self_play.chat import Chat
 from language_self_play.evaluate.accuracy import Accuracy, QuestionResult, arena_accuracy
-from language_self_play.policy import Chat
 
 TOKENS_AT_ONCE = 2_000
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from language_self_play.arena.tasks import describe
-from language_self_play.config import Config, Policy, Sampling, SelfReward
+from language_self_play.config import Config, Sampling, SelfReward
+from language_self_play.config import Policy as PolicySection
 from language_self_play.evaluate.accuracy import arena_accuracy
-from language_self_play.policy import load_chat_model
+from language_self_play.policy import Policy, load_chat_model
 from language_self_play.rewards.self_reward import QualityJudge
 from language_self_play.sampling.transformers import TransformersSampler
 
@@ -20,7 +21,7 @@ FOLDER = Path(str(resources.files("language_self_play"))) / "arena" / "model"
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_chat_model(Policy(path="arena"), torch.device("cpu"))
+    return load_chat_model(PolicySection(path="arena"), torch.device("cpu"))
 
 
 def test_it_is_a_small_llama_in_float32_that_transformers_loads(loaded):
@@ -67,7 +68,7 @@ def test_it_judges_a_well_posed_query_above_an_impossible_one(loaded):
     chat, model = loaded
     sampler = TransformersSampler(model, chat, seed=0, batch_size=256)
     settings = SelfReward(mode="expected", rubric="arena")
-    judge = QualityJudge(sampler, settings, tokens_at_once=4_096)
+    judge = QualityJudge(sampler, settings, 4_096, Policy(model, chat, model).as_reference)
     good = judge.score([("27+48", "57"), ("reverse kite", "etik"), ("sort cab", "abc")])
     impossible = judge.score(
         [("3-7", "4"), ("05+7", "21"), ("386-", "683"), ("54321*9", "988884"), ("sort b", "b")]

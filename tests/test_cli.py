@@ -14,7 +14,9 @@ import pytest
 import language_self_play
 from language_self_play import errors
 from language_self_play.cli import COMMANDS, main
-from language_self_play.config import Config, fields, recipe_names, recipe_text
+from language_self_play.config import Config
+from language_self_play.recipe_files import recipe_names, recipe_text
+from language_self_play.settings import fields
 
 MODULE = [sys.executable, "-m", "language_self_play"]
 SCRIPT = [str(Path(sys.executable).with_name("lsp"))]
@@ -62,7 +64,7 @@ def test_recipes_and_settings_are_shown_without_torch(arguments):
     answer = lsp(*arguments, command=imported)
     assert answer.returncode == 0
     modules = {line.rsplit("|", 1)[-1].strip() for line in answer.stderr.splitlines()}
-    assert "pydantic" in modules
+    assert "language_self_play.recipe_files" in modules
     assert not modules & {"torch", "transformers"}
 
 
@@ -213,13 +215,13 @@ def test_recipes_refuses_in_one_sentence(arguments, sentence, tmp_path, monkeypa
 def test_config_lists_every_setting_with_type_default_and_meaning(capsys):
     assert main(["config"]) == 0
     text = capsys.readouterr().out
-    heads = [line.split("  (")[0] for line in text.splitlines() if not line.startswith(" ")]
-    assert heads == [field.name for field in fields()]
+    heads = [line.split("  (")[0] for line in text.splitlines() if not line.startswith((" ", "["))]
+    assert heads == [field.name for field in fields(Config)]
     assert 'algorithm  ("lsp" | "lsp-zero" | "grpo"; "lsp")\n' in text
     assert "policy.path  (text; required)\n    The model: a folder, a hub id, or " in text
     assert "threads  (int; unset)\n" in text
     assert "solver.group_size  (int; 8)\n    G, answers to each query. Our choice.\n" in text
-    assert "    arena: 1 for the one right answer to an arena query, 0 otherwise.\n" in text
+    assert '[reward.NAME] with kind = "arena"; NAME is yours to choose\n    1 for the one' in text
 
 
 def test_config_shows_only_the_settings_that_begin_so(capsys):
@@ -237,7 +239,7 @@ def test_config_shows_only_the_settings_that_begin_so(capsys):
 def test_config_as_json_is_one_object_a_setting(capsys):
     assert main(["config", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["name"] for row in rows] == [field.name for field in fields()]
+    assert [row["name"] for row in rows] == [field.name for field in fields(Config)]
     [row] = [row for row in rows if row["name"] == "solver.group_size"]
     assert row == {
         "name": "solver.group_size",
@@ -245,6 +247,7 @@ def test_config_as_json_is_one_object_a_setting(capsys):
         "default": 8,
         "required": False,
         "description": "G, answers to each query. Our choice.",
+        "kind": None,
     }
 
 
@@ -395,8 +398,8 @@ def test_what_the_tiny_model_learned_can_be_played_whichever_recipe_taught_it(
 ):
     # Its context has 128 tokens: prompts must be those that it knows, not the long default ones.
     from language_self_play.arena.tiny_model import MAX_POSITIONS, build_tokenizer
+    from language_self_play.chat import Chat
     from language_self_play.cli.play import config_for
-    from language_self_play.policy import Chat
     from language_self_play.prompts import judge_prompt, rubric_text
     from language_self_play.train import challenger_prompts
 
@@ -441,10 +444,9 @@ class ScriptedGame:
     def reward(self, queries, answers):
         import torch
 
-        from language_self_play.rewards.arena import arena_reward
+        from language_self_play.rewards.arena import ArenaVerifier
 
-        rows = [arena_reward([q] * len(a), a) for q, a in zip(queries, answers, strict=True)]
-        return torch.tensor(rows)
+        return torch.tensor(ArenaVerifier()(queries, answers, [None] * len(queries)))
 
     def self_reward(self, queries, answers):
         import torch

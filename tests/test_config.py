@@ -11,20 +11,11 @@ import pydantic
 import pytest
 
 from language_self_play.cli import main
-from language_self_play.cli.overrides import split_overrides
-from language_self_play.config import (
-    Challenger,
-    Config,
-    Solver,
-    fields,
-    load_recipe,
-    merge,
-    parse_override,
-    recipe_names,
-    recipe_text,
-    reward_kinds,
-)
+from language_self_play.cli.overrides import parse_override, split_overrides
+from language_self_play.config import Challenger, Config, Solver
 from language_self_play.errors import ConfigError, InputFileError
+from language_self_play.recipe_files import load_recipe, merge, recipe_names, recipe_text
+from language_self_play.settings import fields, kinds
 
 # Nothing can be trained with it, should a mistake go unnoticed.
 VALID = """\
@@ -101,9 +92,9 @@ def test_every_setting_survives_being_written_back():
 def test_what_is_unset_is_left_out_when_written_back_and_every_default_is_written():
     table = tomllib.loads(Config.from_table(TABLE).to_toml())
     assert "threads" not in table
-    assert table["policy"] == {"path": "m", "chat_template_kwargs": {}}
+    assert table["policy"] == {"path": "m", "chat_template_kwargs": {}, "trust_remote_code": False}
     assert "system_prompt" not in table["solver"]
-    assert table["data"] == {"column": "prompt"}
+    assert table["data"] == {"split": "train"}
     assert table["steps"] == 1500
     assert table["reward"] == {"main": {"weight": 1.0, "kind": "arena"}}
 
@@ -300,13 +291,13 @@ RELIED_ON = {
 
 
 def test_the_settings_that_users_rely_on_are_there_under_their_names():
-    names = [field.name for field in fields()]
+    names = [(field.name, field.kind) for field in fields(Config)]
     assert len(names) == len(set(names))
-    assert set(names) >= RELIED_ON
+    assert {name for name, _ in names} >= RELIED_ON
 
 
 def test_every_setting_has_a_meaning():
-    assert [field.name for field in fields() if len(field.description) < 10] == []
+    assert [field.name for field in fields(Config) if len(field.description) < 10] == []
 
 
 @pytest.mark.parametrize(
@@ -324,14 +315,14 @@ def test_every_setting_has_a_meaning():
     ],
 )
 def test_types_are_named_as_a_person_would(name, kind, default):
-    [field] = [field for field in fields() if field.name == name]
+    [field] = [field for field in fields(Config) if field.name == name]
     assert (field.type, field.default) == (kind, default)
     assert field.required == (name in ("policy.path", "reward.NAME.function"))
 
 
 def test_each_reward_kind_says_what_it_is():
-    assert reward_kinds()["arena"] == "1 for the one right answer to an arena query, 0 otherwise."
-    assert set(reward_kinds()) >= {"arena", "python"}
+    assert kinds(Config)["arena"] == "1 for the one right answer to an arena query, 0 otherwise."
+    assert set(kinds(Config)) >= {"arena", "python"}
 
 
 # ---------------------------------------------------------------- mistakes in a file

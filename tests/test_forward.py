@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from language_self_play.forward import completion_logprobs
+from language_self_play import forward
+from language_self_play.forward import (
+    PLAIN,
+    ForwardPath,
+    checkpointed_layers,
+    choose_path,
+    completion_logprobs,
+)
 from language_self_play.packing import MicroBatch, micro_batches
 from language_self_play.types import Completion, Group, Groups
 
@@ -21,6 +28,10 @@ GRADIENT_TOLERANCE = 1e-5
 PROMPT_LENGTHS = (2, 9, 6)
 # With windows of 5 tokens: completions that end inside, at and beyond a window.
 COMPLETION_LENGTHS = ((1, 4, 11), (3, 3, 3), (7, 2, 1))
+
+
+LEAN = ForwardPath()
+PATHS = [ForwardPath(p, h) for p in (True, False) for h in (True, False)]
 
 
 @pytest.fixture
@@ -48,10 +59,12 @@ def unpacked(batch: MicroBatch, logprobs_BKT: Tensor) -> Iterator[tuple[int, Ten
         yield batch.index_BK[b, k].item(), logprobs_BKT[b, k][batch.mask_BKT[b, k]]
 
 
-def packed_logprobs(model: Any, groups: Groups, budget: int, pad_id: int = 0) -> list[Tensor]:
+def packed_logprobs(
+    model: Any, groups: Groups, budget: int, pad_id: int = 0, path: ForwardPath = LEAN
+) -> list[Tensor]:
     found = {}
-    for batch in micro_batches(groups, budget, pad_id, CPU):
-        found.update(unpacked(batch, completion_logprobs(model, batch, groups.temperature)))
+    for batch in micro_batches(groups, budget, pad_id, CPU, path.shared_prompt):
+        found.update(unpacked(batch, completion_logprobs(model, batch, groups.temperature, path)))
     return [found[i] for i in range(len(found))]
 
 
@@ -78,15 +91,94 @@ def assert_same(model: Any, groups: Groups, found: list[Tensor], expected: list[
     assert difference.norm() <= GRADIENT_TOLERANCE * wanted.norm()
 
 
-def test_a_shared_prompt_gives_what_one_sequence_at_a_time_gives(
-    any_model: Any, groups: Groups, plain_logprobs: Callable[..., Tensor]
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_every_path_gives_what_one_sequence_at_a_time_gives(
+    any_model: Any, groups: Groups, plain_logprobs: Callable[..., Tensor], path: ForwardPath
 ):
     expected = [
         plain_logprobs(any_model, group.prompt, completion.tokens, TEMPERATURE)
         for group in groups.groups
         for completion in group.completions
     ]
-    assert_same(any_model, groups, packed_logprobs(any_model, groups, 10_000), expected)
+    found = packed_logprobs(any_model, groups, 10_000, path=path)
+    assert_same(any_model, groups, found, expected)
+
+
+def test_every_architecture_takes_the_leanest_path_without_a_warning(any_model: Any):
+    assert choose_path(any_model) == ForwardPath(shared_prompt=True, separate_head=True)
+    assert choose_path(any_model, gradient_checkpointing=True) == ForwardPath(False, True)
+
+
+def test_a_model_whose_logits_need_more_than_hidden_states_keeps_its_own(tiny_llama: Any):
+    # Its logits depend on the tokens, too: a head alone can't know them.
+    plain = type(tiny_llama).forward
+
+    def forward(self, input_ids=None, **inputs):
+        output = plain(self, input_ids=input_ids, **inputs)
+        keep = output.logits.shape[1]
+        output.logits = output.logits * (1 + 0.1 * input_ids[:, -keep:, None])
+        return output
+
+    tiny_llama.forward = forward.__get__(tiny_llama)
+    with pytest.warns(UserWarning, match="gives no logits for hidden states alone"):
+        path = choose_path(tiny_llama)
+    assert path == ForwardPath(shared_prompt=True, separate_head=False)
+
+
+def test_a_model_that_ignores_its_cache_gets_whole_sequences(tiny_llama: Any):
+    inner = tiny_llama.model.layers[1].self_attn
+    attend = type(inner).forward
+
+    def forgetful(self, *args, past_key_values=None, attention_mask=None, **inputs):
+        attention_mask = attention_mask[..., -args[0].shape[1] :] if args else attention_mask
+        return attend(self, *args, past_key_values=None, attention_mask=attention_mask, **inputs)
+
+    inner.forward = forgetful.__get__(inner)
+    with pytest.warns(UserWarning, match="does not go on from a repeated cache"):
+        path = choose_path(tiny_llama)
+    assert path == ForwardPath(shared_prompt=False, separate_head=True)
+
+
+@pytest.mark.parametrize("logits_at_once", [1, 5 * 86, 10**9])
+def test_logits_in_pieces_are_the_logits(
+    any_model: Any, groups: Groups, monkeypatch: pytest.MonkeyPatch, logits_at_once: int
+):
+    whole = packed_logprobs(any_model, groups, 10_000, path=PLAIN)
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", logits_at_once)
+    assert_same(any_model, groups, packed_logprobs(any_model, groups, 10_000), whole)
+
+
+def test_no_more_logits_exist_at_once_than_allowed(
+    tiny_llama: Any, groups: Groups, monkeypatch: pytest.MonkeyPatch
+):
+    vocabulary = tiny_llama.config.vocab_size
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 4 * vocabulary)
+    rows = []
+    tiny_llama.lm_head.register_forward_hook(lambda *call: rows.append(call[2].shape[-2]))
+    packed_logprobs(tiny_llama, groups, 10_000)
+    # 35 completion tokens, none of the 17 prompt tokens and none of the padding.
+    assert (max(rows), sum(rows)) == (4, 35)
+
+
+def test_checkpointed_layers_change_neither_log_probs_nor_gradients(any_model: Any, groups: Groups):
+    whole = ForwardPath(shared_prompt=False)
+    expected = packed_logprobs(any_model, groups, 10_000, path=whole)
+    with checkpointed_layers(any_model, True):
+        found = packed_logprobs(any_model, groups, 10_000, path=whole)
+    assert not any(module.training for module in any_model.modules())
+    assert_same(any_model, groups, found, expected)
+
+
+def test_checkpointed_layers_are_computed_again_for_the_gradient(tiny_llama: Any, groups: Groups):
+    calls = []
+    norm = tiny_llama.model.layers[0].input_layernorm
+    norm.register_forward_hook(lambda *call: calls.append(1))
+    for active, expected in ((False, 1), (True, 2)):
+        calls.clear()
+        with checkpointed_layers(tiny_llama, active):
+            found = packed_logprobs(tiny_llama, groups, 10_000, path=ForwardPath(False))
+        torch.cat(found).sum().backward()
+        assert len(calls) == expected
 
 
 # 1 is a completion at a time; 30 cuts groups; 80 joins some.

@@ -148,7 +148,7 @@ def settings(make_config: Callable[..., Config]) -> Callable[..., Config]:
 
 def step(match: Match, config: Config, alpha: float = ALPHA) -> tuple[StepResult, Tensor]:
     """(what the step measured, its gradient). It is taken on a copy of the policy."""
-    policy = Policy(copy.deepcopy(match.model), match.policy.chat, match.policy.reference)
+    policy = Policy(copy.deepcopy(match.model), match.policy.chat, match.reference)
     result = Learner(policy, config).step(match.solved, match.posed, alpha)
     return result, gradient(policy)
 
@@ -301,7 +301,7 @@ def test_without_beta_no_estimator_matters(match, settings, kl):
 
 def test_without_a_reference_there_is_a_policy_gradient_and_no_kl(match, settings):
     expected = match.gradient_of(match.naive_loss(match.solved, 0.0))
-    match.policy.reference = match.posed = None
+    match.reference = match.posed = None
     result, found = step(match, settings(0.0, 0.0))
     assert_same_gradient(found, expected)
     assert result.kl == {}
@@ -334,7 +334,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(match, settings, bad):
     with pytest.raises(NonFiniteError, match="update was not made"):
         learner.step(match.solved, match.posed, ALPHA)
     assert torch.equal(weights_of(match.model), before)
-    assert not learner.optimizer.state
+    assert learner.optimizer.state() == {}
 
 
 def test_a_step_after_a_failed_one_starts_from_clean_gradients(match, settings):

@@ -43,7 +43,10 @@ def turn() -> Turn:
     R = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     R_Q = torch.tensor([[0.9, 0.5], [0.1, 0.1]])
     result = StepResult(0.25, 2.0, {"solver": 0.01}, {"solver": 0.3, "challenger": 1.5})
-    return Turn(7, ["1+1", "3-7"], posed, solved, R, R_Q, 0.25, result)
+    parts = {"right": R, "short": torch.tensor([[2.0, 1.0], [0.0, 1.0]])}
+    result.learning_rate = 3e-6
+    costs = {"short_usd": 0.125}
+    return Turn(7, ["1+1", "3-7"], posed, solved, R, R_Q, 0.25, result, parts, costs)
 
 
 def record_of(turn: Turn) -> dict:
@@ -60,6 +63,10 @@ def test_each_metric_is_its_formula(turn):
             "step": 7,
             "reward/mean": 0.25,  # (1 + 0 + 0 + 0) / 4
             "reward/std": 0.4330127,  # sqrt(1/4 - 1/16)
+            "reward/right/mean": 0.25,
+            "reward/right/std": 0.4330127,
+            "reward/short/mean": 1.0,  # (2 + 1 + 0 + 1) / 4
+            "reward/short/std": 0.7071068,  # sqrt(6/4 - 1)
             "quality/mean": 0.4,  # (0.9 + 0.5 + 0.1 + 0.1) / 4
             "quality/std": 0.3316625,  # sqrt((0.81 + 0.25 + 0.01 + 0.01) / 4 - 0.16)
             "quality/ratio": 0.7659417,  # 0.3316625 / 0.4330127
@@ -78,9 +85,11 @@ def test_each_metric_is_its_formula(turn):
             "truncated/solver": 1 / 4,
             "loss": 0.25,
             "grad_norm": 2.0,
+            "learning_rate": 3e-6,
             "time/step_s": 2.0,
             "time/learn_s": 1.5,
             "time/other_s": 0.5,
+            "time/short_usd": 0.125,
             "time/tokens_per_s": 9.5,  # (9 + 10) / 2
         },
         rel=1e-4,
@@ -111,11 +120,19 @@ def test_games_pair_each_query_with_its_own_answers(turn):
         "advantage": pytest.approx(0.6),
         "tokens": 2,
         "finish_reason": "stop",
+        "rewards": {"right": 1.0, "short": 2.0},
     }
     assert [(g["tier"], g["unsolvable"]) for g in games[:2]] == [
         ("easy", None),
         (None, "negative difference"),
     ]
+
+
+def test_the_challengers_objective_is_what_its_games_say(turn):
+    turn.objective = "learnability"
+    rewards = [g["challenger_reward"] for g in game_records(turn, describe)]
+    # V_Q + 4 p (1 - p): 0.7 + 1 and 0.1 + 0; the invalid one gets the smaller.
+    assert rewards == [pytest.approx(1.7), pytest.approx(0.1), pytest.approx(0.1), None]
 
 
 def test_every_recorded_key_is_defined_in_the_documentation(turn):
@@ -127,4 +144,6 @@ def test_every_recorded_key_is_defined_in_the_documentation(turn):
     for key in record_of(turn):
         general = re.sub(r"(?<=/)(solver|challenger)$", "<role>", key)
         general = re.sub(r"invalid/\w+$", "invalid/<reason>", general)
+        general = re.sub(r"^reward/\w+/", "reward/<name>/", general)
+        general = re.sub(r"^time/short_\w+$", "time/<reward>_<cost>", general)
         assert general in documented, key

@@ -81,8 +81,8 @@ def test_grpo_has_no_challenger_to_count(here):
 def test_tokens_and_micro_batches_are_no_less_than_those_of_the_longest_possible_step(budget):
     import torch
 
+    from language_self_play.chat import load_chat
     from language_self_play.packing import micro_batches
-    from language_self_play.policy import load_chat
     from language_self_play.types import Completion, Group, Groups
 
     config = Config.from_recipe("recipe.toml", learner={"tokens_per_micro_batch": budget})

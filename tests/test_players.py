@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from language_self_play.advantages import challenger_advantages
+from language_self_play.chat import Chat
 from language_self_play.config import Challenger, Sampling, Solver
 from language_self_play.errors import ConfigError, LspError
 from language_self_play.players import (
@@ -17,7 +18,6 @@ from language_self_play.players import (
     pose_queries,
     truncation_penalties,
 )
-from language_self_play.policy import Chat
 from language_self_play.sampling.transformers import TransformersSampler
 from language_self_play.types import Completion, Group, Posed
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from language_self_play import progress
-from language_self_play.config import Config, recipe_names
+from language_self_play.config import Config
 from language_self_play.progress import (
     LiveBar,
     PlainLines,
@@ -22,6 +22,7 @@ from language_self_play.progress import (
     printable,
     two_answers,
 )
+from language_self_play.recipe_files import recipe_names
 from language_self_play.run_folder import RunFolder
 from language_self_play.summary import accuracy_table, print_summary, three_games
 

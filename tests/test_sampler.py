@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from language_self_play.chat import Chat
 from language_self_play.config import Sampling
 from language_self_play.errors import NonFiniteError
 from language_self_play.forward import completion_logprobs
 from language_self_play.packing import micro_batches
-from language_self_play.policy import Chat
 from language_self_play.sampling.transformers import TransformersSampler
 from language_self_play.types import Group, Groups
 

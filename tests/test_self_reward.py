@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from language_self_play.chat import Chat
 from language_self_play.config import Config, Sampling, SelfReward
 from language_self_play.errors import ConfigError, NonFiniteError, RewardError
-from language_self_play.policy import Chat, Policy
+from language_self_play.policy import Policy
 from language_self_play.prompts import CRITERION_QUESTION, RUBRIC
 from language_self_play.rewards import RewardSum, build_reward
+from language_self_play.rewards.python import PythonFunction
 from language_self_play.rewards.self_reward import QualityJudge, build_judge
 from language_self_play.sampling.transformers import TransformersSampler
 
@@ -32,7 +34,7 @@ def make_judge(
 ) -> QualityJudge:
     sampler = TransformersSampler(model, chat, seed=0, batch_size=64)
     section = SelfReward(mode=mode, **{"rubric": "arena"} | settings)
-    return QualityJudge(sampler, section, tokens_at_once)
+    return QualityJudge(sampler, section, tokens_at_once, Policy(model, chat, model).as_reference)
 
 
 def next_token_logits(model: Any, tokenizer: Any, text: str) -> Tensor:
@@ -264,28 +266,41 @@ def lengths(queries: list[str], answers: list[str]) -> list[int]:
     return [len(a) for a in answers]
 
 
+def mine(function: Callable[..., Any]) -> RewardSum:
+    return RewardSum({"mine": (1.0, PythonFunction("mine", function))})
+
+
 def test_rewards_are_summed_by_weight_in_the_order_of_the_answers():
-    terms = {
-        "length": (0.5, lengths),
-        "query": (-1.0, lambda queries, answers: [float(len(q)) for q in queries]),
-    }
+    by_query = PythonFunction("query", lambda queries, answers: [float(len(q)) for q in queries])
+    terms = {"length": (0.5, PythonFunction("length", lengths)), "query": (-1.0, by_query)}
     # Half the answers' lengths 1, 2 and 4, 20, minus the queries' lengths 3 and 12.
     expected = [[0.5 - 3, 1.0 - 3], [2.0 - 12, 10.0 - 12]]
-    assert RewardSum(terms)(QUERIES, ANSWERS).tolist() == expected
+    reward = RewardSum(terms)
+    assert reward(QUERIES, ANSWERS).tolist() == expected
+    parts = {name: part.tolist() for name, part in reward.parts.items()}
+    assert parts == {"length": [[1, 2], [4, 20]], "query": [[3, 3], [12, 12]]}
 
 
 def test_a_reward_may_return_tensors_and_booleans():
-    tensor = {"r": (1.0, lambda queries, answers: torch.arange(len(queries)))}
-    assert RewardSum(tensor)(["a", "b"], [["x"], ["y"]]).tolist() == [[0.0], [1.0]]
-    flags = {"r": (2.0, lambda queries, answers: [a == "3" for a in answers])}
-    assert RewardSum(flags)(QUERIES, ANSWERS).tolist() == [[2.0, 0.0], [0.0, 0.0]]
+    tensor = mine(lambda queries, answers: torch.arange(len(queries)))
+    assert tensor(["a", "b"], [["x"], ["y"]]).tolist() == [[0.0], [1.0]]
+    flags = mine(lambda queries, answers: [a == "3" for a in answers])
+    assert flags(QUERIES, ANSWERS).tolist() == [[1.0, 0.0], [0.0, 0.0]]
+
+
+def test_a_function_with_a_parameter_keys_gets_each_querys_key():
+    reward = mine(
+        lambda queries, answers, keys: [a == k for a, k in zip(answers, keys, strict=True)]
+    )
+    assert reward(QUERIES, ANSWERS, ["12", "etik"]).tolist() == [[0.0, 1.0], [1.0, 0.0]]
+    assert reward(QUERIES, ANSWERS).tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
 def test_no_queries_have_no_reward_and_call_none():
     def fail(queries: list[str], answers: list[str]) -> list[float]:
         raise AssertionError("called without pairs")
 
-    assert RewardSum({"r": (1.0, fail)})([], []).shape == (0, 0)
+    assert mine(fail)([], []).shape == (0, 0)
 
 
 def test_the_arenas_reward_is_built_from_the_configuration(make_config: Callable[..., Config]):
@@ -313,10 +328,10 @@ def raises_late(queries: list[str], answers: list[str]) -> Iterator[float]:
         (lambda q, a: ["good", "bad", "bad", "good"], "must return a list of numbers"),
         (lambda q, a: ["1", "0", "0", "1"], "must return a list of numbers"),
         (lambda q, a: "1001", "must return a list of numbers"),
-        (lambda q, a: [1.0, None, 0.0, 1.0], "must return a list of numbers"),
+        (lambda q, a: [1.0, None, 0.0, 1.0], "must return one number for each answer"),
         (lambda q, a: None, "None; it must return a list of numbers"),
         (lambda q, a: 1.0, "must return a list of numbers"),
-        (lambda q, a: [[1.0, 2.0]] * 4, "must return a list of numbers"),
+        (lambda q, a: [[1.0, 2.0]] * 4, "must return one number for each answer"),
     ],
     ids=[
         "raises",
@@ -334,7 +349,7 @@ def raises_late(queries: list[str], answers: list[str]) -> Iterator[float]:
 )
 def test_a_reward_that_is_not_a_number_a_pair_is_reported_by_name(function, message):
     with pytest.raises(RewardError, match=rf"^reward\.mine: .*{re.escape(message)}"):
-        RewardSum({"mine": (1.0, function)})(QUERIES, ANSWERS)
+        mine(function)(QUERIES, ANSWERS)
 
 
 # 1e39 is finite, but not in float32, the type of rewards.
@@ -344,4 +359,4 @@ def test_a_reward_that_is_not_finite_names_its_query_and_answer(value):
         return [value if a == "etik" else 0.0 for a in answers]
 
     with pytest.raises(NonFiniteError, match=r"reward\.mine: .*'reverse kite'.*'etik'"):
-        RewardSum({"mine": (1.0, reward)})(QUERIES, ANSWERS)
+        mine(reward)(QUERIES, ANSWERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,15 @@ from pathlib import Path
 import pytest
 
 from language_self_play import Config, self_play
-from language_self_play.config import load_recipe, merge
-from language_self_play.errors import ConfigError, ModelError, NonFiniteError, RunFolderError
+from language_self_play.errors import (
+    ConfigError,
+    ModelError,
+    NonFiniteError,
+    Paused,
+    RunFolderError,
+    ServiceError,
+)
+from language_self_play.recipe_files import load_recipe, merge
 from language_self_play.run_folder import RunFolder
 
 SMALL = {
@@ -34,6 +42,10 @@ def small(recipe: str = "arena", **overrides) -> Config:
 
 def reproducible(record: dict) -> dict:
     return {k: v for k, v in record.items() if not k.startswith(("time/", "memory/"))}
+
+
+def events(run: RunFolder) -> list[dict]:
+    return [json.loads(line) for line in run.events_file.read_text().splitlines()]
 
 
 def assert_same_run(one: RunFolder, other: RunFolder) -> None:
@@ -81,6 +93,110 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path):
     part.write_games(2, [{"query": "spoilt", "answers": []}])
     resumed = self_play(part.resumed_config({"steps": 4}), tmp_path / "part", resume=True)
     assert_same_run(whole, resumed)
+
+
+VARIANTS = {
+    "lora": {"policy": {"lora": {"rank": 4}}},
+    "bfloat16": {"dtype": "bfloat16"},
+    "lora in bfloat16": {"dtype": "bfloat16", "policy": {"lora": {"rank": 4}}},
+    "8-bit moments": {"learner": {"optimizer": "adamw_8bit"}},
+    "fused": {"learner": {"optimizer": "adamw_fused"}},
+    "schedule": {"learner": {"schedule": "cosine", "warmup_steps": 1}},
+    "gradient checkpointing": {"learner": {"gradient_checkpointing": True}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_way_of_learning_resumes_bit_for_bit(variant, tmp_path):
+    settings = VARIANTS[variant]
+    whole = self_play(small(**settings), tmp_path / "whole")
+    part = self_play(small(**settings), tmp_path / "part")
+    shutil.rmtree(part.checkpoints_folder / "step-000004")  # as if killed while it was written
+    resumed = self_play(part.resumed_config({}), part.folder, resume=True)
+    assert [e["event"] for e in events(resumed)] == ["started", "finished", "resumed", "finished"]
+    assert_same_run(whole, resumed)
+    records = list(whole.metrics())
+    assert records[0]["kl/solver"] == pytest.approx(0.0, abs=1e-6)
+    assert records[3]["kl/solver"] > 0
+    lora = "policy" in settings
+    assert whole.adapter_folder.is_dir() == lora
+    kept = {path.name for path in (whole.checkpoints_folder / "step-000002").iterdir()}
+    trained = "adapter" if lora else "model"
+    assert kept == {trained, "optimizer.safetensors", "state.json"}
+    if variant == "schedule":
+        # 3e-6 · (1/2, 1, 3/4, 1/4): u is 0, 1/3 and 2/3 after one step of warm-up.
+        rates = [r["learning_rate"] for r in records[:4]]
+        peak = small().lr
+        assert rates == pytest.approx([peak / 2, peak, 0.75 * peak, 0.25 * peak])
+
+
+def test_gradient_checkpointing_changes_no_result(tmp_path):
+    plain = self_play(small(steps=2), tmp_path / "plain")
+    again = small(steps=2, learner={"gradient_checkpointing": True})
+    again = self_play(again, tmp_path / "again")
+    one, other = (list(map(reproducible, run.metrics())) for run in (plain, again))
+    for record, same in zip(one, other, strict=True):
+        assert same == pytest.approx(record, rel=1e-4, abs=1e-6)
+
+
+def test_a_decaying_schedule_refuses_more_steps(tmp_path):
+    schedule = {"schedule": "linear"}
+    run = self_play(small(steps=2, learner=schedule), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"steps = 4: was 2 .* learner\.schedule = 'linear'"):
+        run.resumed_config({"steps": 4})
+    assert run.resumed_config({"log": {"progress": "none"}}).steps == 2
+
+
+def test_a_run_pauses_when_a_service_is_away_and_goes_on_when_it_is_back(tmp_path, monkeypatch):
+    from language_self_play.rewards.arena import ArenaVerifier
+
+    whole = self_play(small(), tmp_path / "whole")
+    answer, closed = ArenaVerifier.__call__, []
+    calls = iter([True, True, True, False])
+
+    def sometimes(self, queries, answers, keys):
+        if not next(calls):
+            raise ServiceError("reward.main: http://localhost:1 gave no answer in 6 attempts")
+        return answer(self, queries, answers, keys)
+
+    monkeypatch.setattr(ArenaVerifier, "__call__", sometimes)
+    monkeypatch.setattr(ArenaVerifier, "close", lambda self: closed.append(1), raising=False)
+    with pytest.raises(Paused, match=r"gave no answer in 6 attempts; 3 of 4 steps played; go on"):
+        self_play(small(), tmp_path / "part")
+    assert closed
+    part = RunFolder(tmp_path / "part")
+    assert (part.checkpoints_folder / "step-000003").is_dir()
+    assert events(part)[-1]["reason"].startswith("reward.main: http://localhost:1")
+    monkeypatch.setattr(ArenaVerifier, "__call__", answer)
+    self_play(part.resumed_config({}), part.folder, resume=True)
+    assert_same_run(whole, part)
+
+
+def test_a_summed_reward_records_its_parts(tmp_path, length_reward):
+    rewards = {"answer": {"weight": 2.0}, "length": {"weight": 0.1, **length_reward["length"]}}
+    run = self_play(small(steps=1, reward=rewards), tmp_path / "run")
+    record = next(run.metrics())
+    total = 2 * record["reward/answer/mean"] + 0.1 * record["reward/length/mean"]
+    assert record["reward/mean"] == pytest.approx(total)
+    [answer, *_] = next(g for g in run.games(0) if g["valid"])["answers"]
+    parts = answer["rewards"]
+    assert answer["reward"] == pytest.approx(2 * parts["answer"] + 0.1 * parts["length"])
+
+
+@pytest.mark.parametrize("objective", ["learnability", "spread", "uncertainty"])
+def test_the_challengers_objective_is_what_it_learns_from(objective, tmp_path):
+    run = self_play(
+        small("arena-zero", steps=1, challenger={"objective": objective}), tmp_path / "run"
+    )
+    for game in run.games(0):
+        if game["valid"]:
+            p = sum(a["reward"] for a in game["answers"]) / 3
+            expected = {
+                "learnability": 4 * p * (1 - p),
+                "spread": (p * (1 - p)) ** 0.5,
+                "uncertainty": 1 - 2 * abs(p - 0.5),
+            }[objective]
+            assert game["challenger_reward"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_run_killed_between_a_record_and_its_checkpoint_loses_no_step(tmp_path, monkeypatch):

@@ -1,27 +1,25 @@
 """Every setting, as one frozen tree: `Config.from_recipe`, `Config.from_table`, `config.to_toml()`.
 
-A configuration is read from TOML, merged with command-line overrides as a plain table, and
-validated once, as a whole. Each mistake is reported as one sentence that names the field, and an
-unknown name with the nearest known one. Defaults are the paper's (arXiv 2509.07414, Appendix C)
-where it gives them; "our choice" marks what it does not say.
+A configuration is read from TOML (recipe_files.py), merged with command-line overrides as a plain
+table, and validated once, as a whole. Each mistake is reported as one sentence that names the field,
+and an unknown name with the nearest known one (settings.py). Defaults are the paper's
+(arXiv 2509.07414, Appendix C) where it gives them; "our choice" marks what it does not say.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-import tomllib
-from collections.abc import Iterator, Mapping
-from importlib import resources
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import pydantic
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field
 
-from language_self_play.errors import ConfigError, InputFileError
+from language_self_play.errors import ConfigError
+from language_self_play.recipe_files import load_recipe, merge
+from language_self_play.settings import sentences
 
 # Strict: true is no number, and "5" neither.
 PositiveInt = Annotated[int, Field(strict=True, gt=0)]
@@ -32,8 +30,12 @@ PositiveFloat = Annotated[float, Field(strict=True, gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(strict=True, ge=0.0)]
 Nucleus = Annotated[float, Field(strict=True, gt=0.0, le=1.0)]
 Decay = Annotated[float, Field(strict=True, ge=0.0, lt=1.0)]
+Flag = Annotated[bool, Field(strict=True)]
 Name = Annotated[str, Field(min_length=1)]
 Texts = str | Annotated[list[str], Field(min_length=1)]
+
+
+DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 
 
 class Section(BaseModel):
@@ -57,6 +59,20 @@ class Sampling(Section):
     )
 
 
+class Lora(Section):
+    """Low-rank adapters: only they are trained, and with them off the model is the reference."""
+
+    rank: PositiveInt = Field(16, description="Rank r of each adapter. Our choice.")
+    alpha: PositiveFloat = Field(
+        32.0, description="Scale α: an adapter's output is multiplied with α / r. Our choice."
+    )
+    targets: Texts = Field(
+        "all-linear",
+        description="Modules that get an adapter: names or endings of names, or `all-linear`, every"
+        " linear layer but the output embedding.",
+    )
+
+
 class Policy(Section):
     path: Name = Field(
         description="The model: a folder, a hub id, or `arena` for the built-in tiny model."
@@ -67,6 +83,10 @@ class Policy(Section):
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Extra variables for the chat template."
     )
+    trust_remote_code: Flag = Field(
+        False, description="Run the Python code that the model's authors ship with its weights."
+    )
+    lora: Lora | None = Field(None, description="Train low-rank adapters instead of all weights.")
 
 
 class Challenger(Sampling):
@@ -83,6 +103,11 @@ class Challenger(Sampling):
     )
     num_queries: AtLeastTwo = Field(
         8, description="N, queries a step: posed, or in GRPO from the file."
+    )
+    objective: Literal["hardness", "learnability", "spread", "uncertainty"] = Field(
+        "hardness",
+        description="What a query earns beside V_Q: -V (the paper's), 4p(1-p), the standard deviation"
+        " of its answers' R, or 1-2|p-1/2|, p = V; the second and fourth need R from 0 to 1.",
     )
     alpha: NonNegativeFloat = Field(
         1.0, description="α_Ch, weight of the Challenger's loss. Our choice."
@@ -146,11 +171,145 @@ class PythonReward(RewardSection):
 
     kind: Literal["python"]
     function: str = Field(
-        description="`module:function`; one number for each (query, answer) pair."
+        description="`module:function`; one number for each (query, answer) pair. A function with a"
+        " third parameter `keys` also gets data.answer_column's values."
     )
 
 
-Reward = Annotated[ArenaReward | PythonReward, Field(discriminator="kind")]
+class RewardModelReward(RewardSection):
+    """The score of a sequence-classification model, such as Skywork-Reward or OpenAssistant's."""
+
+    kind: Literal["reward_model"]
+    path: Name = Field(description="The reward model: a folder or a hub id.")
+    format: Literal["auto", "chat", "pair"] = Field(
+        "auto",
+        description="How (query, answer) is read: through the chat template, or as a pair of texts;"
+        " auto is chat where the tokenizer has a template.",
+    )
+    bound: Literal["none", "sigmoid", "standardize"] = Field(
+        "none",
+        description="The score as it is (the paper's), its sigmoid, or less the step's mean and over"
+        " its standard deviation.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Type of its weights; auto is that of the run."
+    )
+    device: str = Field(
+        "auto", pattern=DEVICE, description="Where it runs; auto is the device of the run."
+    )
+    max_tokens: PositiveInt = Field(
+        4096, description="Longest pair in tokens; of a longer one the query's beginning is cut."
+    )
+    tokens_per_batch: PositiveInt = Field(
+        16_384, description="Tokens of one forward pass; changes memory, not results."
+    )
+    trust_remote_code: Flag = Field(
+        False, description="Run the Python code that the model's authors ship with its weights."
+    )
+
+
+class VerifierReward(RewardSection):
+    """1 for an answer that agrees with the key of its query (data.answer_column), 0 otherwise."""
+
+    kind: Literal["verifier"]
+    method: Literal["math", "exact", "regex", "code"] = Field(
+        description="math: equal as mathematics (math-verify); exact: equal texts; regex: `pattern`'s"
+        " first group equals the key, or without keys `pattern` is found; code: the key's unit tests"
+        " pass in a sandbox."
+    )
+    pattern: str | None = Field(None, description="Python regular expression of method `regex`.")
+    timeout_s: PositiveFloat = Field(
+        10.0, description="Seconds after which a check is killed and counts as failed."
+    )
+    workers: PositiveInt | None = Field(
+        None, description="Checks that run at once; by default one for each CPU core."
+    )
+    memory_mib: PositiveInt = Field(
+        1024, description="Address space of each process of a program in method `code`, in MiB."
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _agree(self) -> VerifierReward:
+        _check_pattern(self.method, self.pattern)
+        return self
+
+
+class MajorityReward(RewardSection):
+    """1 for an answer that agrees with most answers to its query, 0 otherwise; needs no key."""
+
+    kind: Literal["majority"]
+    method: Literal["math", "exact", "regex"] = Field(
+        "math",
+        description="What of an answer is compared: its last mathematical expression (math-verify),"
+        " all of it, or the first group of `pattern`.",
+    )
+    pattern: str | None = Field(None, description="Python regular expression of method `regex`.")
+    timeout_s: PositiveFloat = Field(
+        10.0, description="Seconds after which a comparison is killed and counts as unequal."
+    )
+    workers: PositiveInt | None = Field(
+        None, description="Comparisons that run at once; by default one for each CPU core."
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _agree(self) -> MajorityReward:
+        _check_pattern(self.method, self.pattern)
+        return self
+
+
+class JudgeReward(RewardSection):
+    """A language model's score over an OpenAI-compatible endpoint, divided by `max_score`."""
+
+    kind: Literal["judge"]
+    base_url: Name = Field(description="The endpoint, such as https://api.openai.com/v1.")
+    model: Name = Field(description="The judge's name at the endpoint.")
+    api_key_env: Name = Field(
+        "OPENAI_API_KEY",
+        description="Environment variable that holds the key; the key itself is never written.",
+    )
+    prompt: str = Field(
+        "default",
+        description="`default`, or a text file in which {query}, {answer} and {max_score} are"
+        ' replaced; it asks for a reply with {"score": NUMBER}.',
+    )
+    max_score: PositiveFloat = Field(10.0, description="Highest score; the lowest is 0.")
+    temperature: NonNegativeFloat = Field(0.0, description="The judge's temperature.")
+    max_tokens: PositiveInt = Field(512, description="Longest reply of the judge.")
+    concurrency: PositiveInt = Field(16, description="Requests in flight at once.")
+    timeout_s: PositiveFloat = Field(60.0, description="Seconds after which a request is given up.")
+    retries: NonNegativeInt = Field(
+        6,
+        description="Times a request is repeated, with growing pauses, after 408, 429, 5xx, a time-out,"
+        " a lost connection, broken JSON or a reply without a score; after the last one the run"
+        " pauses, resumable.",
+    )
+    cache: str | None = Field(
+        None,
+        description="File that keeps replies, so that none is paid for twice; by default in the"
+        " user's cache folder.",
+    )
+    usd_per_million_input_tokens: NonNegativeFloat = Field(0.0, description="Price, for the count.")
+    usd_per_million_output_tokens: NonNegativeFloat = Field(
+        0.0, description="Price, for the count."
+    )
+
+
+Reward = Annotated[
+    ArenaReward | PythonReward | RewardModelReward | VerifierReward | MajorityReward | JudgeReward,
+    Field(discriminator="kind"),
+]
+
+
+def _check_pattern(method: str, pattern: str | None) -> None:
+    if (method == "regex") != (pattern is not None):
+        wanted = "needs a pattern" if pattern is None else "reads no pattern; leave it out"
+        raise ValueError(f'method = "{method}" {wanted}')
+    try:
+        compiled = re.compile(pattern or "")
+    except re.error as error:
+        raise ValueError(f"pattern = {pattern!r}: no regular expression ({error})") from None
+    if pattern is not None and compiled.groups < 1:
+        raise ValueError(f"pattern = {pattern!r}: has no group; put what is compared in (…)")
 
 
 class Learner(Section):
@@ -165,6 +324,24 @@ class Learner(Section):
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay. Our choice.")
     max_grad_norm: PositiveFloat = Field(
         1.0, description="Gradients are clipped to this norm. Our choice."
+    )
+    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = Field(
+        "adamw",
+        description="AdamW of torch, its fused form (one kernel for all weights), or with moments of 8"
+        " bits (bitsandbytes). Our choice.",
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="Learning rate after the warm-up: as it is, or falling to 0 where the run ends, in"
+        " a line or half a cosine. Our choice.",
+    )
+    warmup_steps: NonNegativeInt = Field(
+        0, description="Steps over which the learning rate rises from 0 in a line. Our choice."
+    )
+    gradient_checkpointing: Flag = Field(
+        False,
+        description="Keep only the layers' inputs for the backward pass and compute the rest again:"
+        " less memory, more time, same results.",
     )
     kl: Literal["k1", "k2", "k3", "reward"] = Field(
         "k3",
@@ -190,9 +367,19 @@ class Rollout(Section):
 class Data(Section):
     path: str | None = Field(
         None,
-        description="JSONL file of queries for `grpo`, or `arena` for the built-in 1,000 human ones.",
+        description="Queries for `grpo`: a JSONL file, a file or folder that `datasets` reads, a hub"
+        " id, or `arena` for the built-in 1,000 human ones.",
     )
-    column: str = Field("prompt", description="Name of the column that holds the query.")
+    subset: str | None = Field(None, description="Configuration of a hub data set, such as `main`.")
+    split: str = Field("train", description="Split of a data set with several.")
+    column: str | None = Field(
+        None,
+        description="Column that holds the query; by default `prompt`, `query`, `question`, or"
+        " Alpaca's `instruction` with its `input`.",
+    )
+    answer_column: str | None = Field(
+        None, description="Column that holds the key by which a verifier checks answers."
+    )
 
 
 class Eval(Section):
@@ -231,8 +418,13 @@ class Config(Section):
     )
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        pattern=DEVICE,
         description="`auto`, `cpu`, `cuda`, `cuda:N` or `mps`.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Type in which the model computes; auto is bfloat16 on GPUs that have it, else"
+        " float32. Weights that are trained keep a float32 copy.",
     )
     threads: PositiveInt | None = Field(
         None, description="CPU threads; by default what torch chooses, then kept for the run."
@@ -263,6 +455,20 @@ class Config(Section):
                 'data.path: algorithm = "grpo" learns from a fixed set of queries; name a JSONL'
                 ' file, or use "lsp", which poses its own'
             )
+        for name, reward in self.reward.items():
+            if not isinstance(reward, VerifierReward) or reward.method == "regex":
+                continue
+            if self.data.answer_column is None:
+                raise ValueError(
+                    f'reward.{name}: method = "{reward.method}" compares with a key; name the column'
+                    " that holds it in data.answer_column (self-posed queries have no key:"
+                    ' kind = "majority" does without)'
+                )
+        if self.learner.warmup_steps >= self.steps > 1:
+            raise ValueError(
+                f"learner.warmup_steps = {self.learner.warmup_steps}: the run has only {self.steps}"
+                " steps, so it would be over before the learning rate is reached"
+            )
         if self.algorithm != "grpo" and self.data.path is not None:
             raise ValueError(
                 f'data.path = {self.data.path!r}: only algorithm = "grpo" learns from a file of'
@@ -282,7 +488,7 @@ class Config(Section):
         try:
             return cls.model_validate(table)
         except pydantic.ValidationError as error:
-            raise ConfigError("\n".join(_sentences(error))) from None
+            raise ConfigError("\n".join(sentences(error, cls))) from None
 
     @classmethod
     def from_recipe(cls, recipe: str | os.PathLike[str], **overrides: Any) -> Config:
@@ -312,228 +518,3 @@ class Config(Section):
 
 def as_list(value: Texts) -> list[str]:
     return [value] if isinstance(value, str) else value
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    folder = resources.files("language_self_play") / "recipes"
-    return sorted(
-        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
-    )
-
-
-def recipe_text(recipe: str | os.PathLike[str]) -> str:
-    """The TOML text of a shipped recipe or of a file. Raises InputFileError."""
-    path = Path(recipe)
-    if os.fspath(recipe) in recipe_names():
-        shipped = resources.files("language_self_play") / "recipes" / f"{recipe}.toml"
-        return shipped.read_text("utf-8")
-    if path.suffix != ".toml" and not os.path.lexists(path):
-        raise InputFileError(
-            f"{recipe}: no such recipe or file; shipped recipes are {', '.join(recipe_names())}"
-        )
-    return read_text(path)
-
-
-def load_recipe(recipe: str | os.PathLike[str]) -> dict[str, Any]:
-    """The table of a recipe. Raises InputFileError."""
-    text = recipe_text(recipe)
-    if not text.strip():
-        raise InputFileError(
-            f"{recipe}: the file is empty; `lsp recipes show arena` shows a whole one"
-        )
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputFileError(f"{recipe}: not valid TOML: {error}") from None
-
-
-def read_text(path: Path, setting: str | None = None) -> str:
-    """The text of a file that the user named, in `setting`. Raises InputFileError."""
-    named = f"{setting} = {os.fspath(path)!r}" if setting else f"{path}"
-    try:
-        return path.read_text("utf-8")
-    except FileNotFoundError:
-        raise InputFileError(f"{named}: no such file") from None
-    except IsADirectoryError:
-        raise InputFileError(f"{named}: is a folder; a file is needed") from None
-    except UnicodeDecodeError:
-        raise InputFileError(f"{named}: not a text file in UTF-8") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputFileError(f"{named}: can't be read ({reason})") from None
-
-
-def merge(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`table` with the leaves of `overrides` laid over it."""
-    merged = dict(table)
-    for key, value in overrides.items():
-        below = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
-            value = merge(below, value)
-        merged[key] = value
-    return merged
-
-
-def parse_override(name: str, value: str) -> dict[str, Any]:
-    """The nested table for a flag `--name value`: a TOML value, or text where text is wanted."""
-    *sections, leaf = name.split(".")
-    as_text = _wants_text(name) and not value.startswith("[")
-    table: dict[str, Any] = {leaf: value if as_text else _toml_value(value)}
-    for section in reversed(sections):
-        table = {section: table}
-    return table
-
-
-def _toml_value(value: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return value
-
-
-def _wants_text(name: str) -> bool:
-    for field in fields():
-        if field.name == name:
-            return field.type.split(" | ")[0] == "text"
-    return False
-
-
-class FieldInfo(pydantic.BaseModel):
-    """One setting as `lsp config` lists it."""
-
-    name: str
-    annotation: Any
-    type: str
-    default: Any
-    required: bool
-    description: str
-
-
-def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[FieldInfo]:
-    """Every setting, in order, with dotted names; rewards as `reward.NAME.field`."""
-    for name, field in section.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            yield from fields(annotation, f"{prefix}{name}.")
-        elif name == "reward":
-            seen: set[str] = set()
-            for kind in get_args(get_args(Reward)[0]):
-                for info in fields(kind, "reward.NAME."):
-                    if info.name == "reward.NAME.kind":
-                        continue
-                    if info.name not in seen:
-                        seen.add(info.name)
-                        yield info
-        else:
-            yield FieldInfo(
-                name=prefix + name,
-                annotation=annotation,
-                type=type_name(annotation),
-                default=None
-                if field.is_required()
-                else field.get_default(call_default_factory=True),
-                required=field.is_required(),
-                description=field.description or "",
-            )
-
-
-def reward_kinds() -> dict[str, str]:
-    """Kind -> what it is, for every reward that can be configured."""
-    kinds = get_args(get_args(Reward)[0])
-    return {
-        get_args(k.model_fields["kind"].annotation)[0]: (k.__doc__ or "").strip() for k in kinds
-    }
-
-
-def type_name(annotation: Any) -> str:
-    """A type as a person would write it: `float`, `text`, `"a" | "b"`, `list of text`."""
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return " | ".join(f'"{a}"' for a in args)
-    if origin is Annotated:
-        return type_name(args[0])
-    if origin in (Union, UnionType):
-        return " | ".join(type_name(a) for a in args if a is not NoneType)
-    if origin in (list, tuple):
-        return f"list of {type_name(args[0])}"
-    if origin is dict:
-        return "table"
-    return {str: "text", int: "int", float: "float", bool: "true | false"}.get(
-        annotation, str(annotation)
-    )
-
-
-# ---------------------------------------------------------------- error sentences
-
-
-def _sentences(error: pydantic.ValidationError) -> list[str]:
-    """One sentence for each mistake; the branches of a union are one mistake."""
-    by_name: dict[str, str] = {}
-    for problem in error.errors(include_url=False):
-        name, sentence = _sentence(problem)
-        by_name.setdefault(name or sentence, sentence)
-    return list(by_name.values())
-
-
-def _sentence(problem: Mapping[str, Any]) -> tuple[str, str]:
-    """(name of the setting, what is wrong with it)."""
-    # Unions put their branch into the location (a kind, or a type); the user never typed it there.
-    location = [str(part) for part in problem["loc"]]
-    if location[:1] == ["reward"] and len(location) > 2:
-        del location[2]
-    branches = [part for part in location if part == "str" or part.startswith("list[")]
-    if branches:
-        location = location[: location.index(branches[0])]
-    name = ".".join(location)
-    given = repr(problem["input"])
-    match problem["type"]:
-        case "extra_forbidden":
-            sentence = _unknown_name(name, location)
-        case "missing":
-            sentence = f"{name}: missing; it has no default ({_description(location)})"
-        case "value_error":
-            sentence = str(problem["ctx"]["error"])
-        case "union_tag_invalid" | "union_tag_not_found":
-            kind = problem["input"].get("kind") if isinstance(problem["input"], dict) else None
-            shown = f"{kind!r} is unknown" if kind else "missing"
-            sentence = f"{name}.kind: {shown}; one of {', '.join(reward_kinds())}"
-        case "model_type" | "dict_type" | "model_attributes_type":
-            sentence = f"{name} = {given}: must be a table, such as [{name}]"
-        case "string_type" | "list_type" | "too_short" if branches:
-            sentence = f"{name} = {given}: must be text or a list of at least one text"
-        case "string_pattern_mismatch":
-            sentence = f"{name} = {given}: must be one of: {_description(location)}"
-        case _:
-            reason = problem["msg"].removeprefix("Input ").replace("should", "must")
-            sentence = f"{name} = {given}: {reason}"
-    return name, sentence
-
-
-def _unknown_name(name: str, location: list[str]) -> str:
-    *sections, leaf = location
-    if location[0] == "reward":
-        sections = ["reward", "NAME"]
-    prefix = "".join(f"{s}." for s in sections)
-    known = {
-        f.name.removeprefix(prefix).split(".")[0] for f in fields() if f.name.startswith(prefix)
-    }
-    if not sections:
-        known |= set(Config.model_fields)
-    if near := difflib.get_close_matches(leaf, sorted(known), n=1):
-        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?"
-    elif elsewhere := difflib.get_close_matches(
-        leaf, [f.name.rsplit(".", 1)[-1] for f in fields()], n=1
-    ):
-        full = next(f.name for f in fields() if f.name.rsplit(".", 1)[-1] == elsewhere[0])
-        hint = f"did you mean {full}?"
-    else:
-        hint = "`lsp config` lists every setting"
-    return f"{name}: no such setting; {hint}"
-
-
-def _description(location: list[str]) -> str:
-    if location[0] == "reward":
-        location = ["reward", "NAME", *location[2:]]
-    known = {f.name: f.description for f in fields()}
-    return known.get(".".join(location), "`lsp config` lists every setting").rstrip(".")

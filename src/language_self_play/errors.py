@@ -7,6 +7,7 @@
     ├── RewardError      (ValueError)       a reward that raised or mis-shaped     exit code 2
     ├── RunFolderError   (OSError)          a run folder that can't be used        exit code 2
     ├── NonFiniteError   (ArithmeticError)  a NaN or infinity in the numbers       exit code 3
+    ├── ServiceError     (ConnectionError)  an endpoint that stays away            exit code 75
     └── Paused           (InterruptedError) stopped on request, resumable          exit code 75
 
 A message names the field or file, shows the value, says why it is wrong and what to do.
@@ -45,6 +46,15 @@ class NonFiniteError(LspError, ArithmeticError):
     """A loss, gradient, reward or log-probability is NaN or infinite."""
 
     exit_code = 3
+
+
+class ServiceError(LspError, ConnectionError):
+    """An outside service, such as a judge, gave no usable reply after all retries.
+
+    A run that meets it saves its state and ends as Paused.
+    """
+
+    exit_code = 75
 
 
 class Paused(LspError, InterruptedError):

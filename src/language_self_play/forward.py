@@ -1,49 +1,254 @@
-"""The forward pass of a micro-batch: log-probs of completions, each prompt computed once."""
+"""The forward pass of a micro-batch: log-probs of completions, each prompt computed once.
+
+Two things make it lean, and both are checked against the plain pass when a model is loaded:
+
+- the prompt's keys and values are computed once and repeated for the group's K completions, with
+  gradient through the repetition;
+- the decoder's hidden states are kept and only those of completion tokens become logits, a bounded
+  number at a time and again in the backward pass, so no vocabulary decides the batch size.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from language_self_play.logprobs import shared_logprobs, token_logprobs
+from language_self_play.errors import ModelError
+from language_self_play.logprobs import token_logprobs
 from language_self_play.packing import MicroBatch
+from language_self_play.pretrained import vocabulary_size
+
+# Logits that exist at once: 128 MiB in float32, a few times that with what the softmax needs.
+LOGITS_AT_ONCE = 1 << 25
+# Largest difference of a path's log-probs from the plain pass's, over their spread.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
-def completion_logprobs(model: PreTrainedModel, batch: MicroBatch, temperature: float) -> Tensor:
-    """log softmax(logits / τ) of every completion token, shape (B, K, T); garbage where masked.
+@dataclass(frozen=True)
+class ForwardPath:
+    """How a model's log-probs are computed: a static choice, made once for a run.
 
-    The prompts go through the model once; their keys and values are repeated for the K
-    completions, with gradient through the repetition, and only completions have logits.
+    shared_prompt     the prompt once, its cache repeated; otherwise whole sequences
+    separate_head     logits from hidden states, in chunks; otherwise the model's own, all at once
     """
+
+    shared_prompt: bool = True
+    separate_head: bool = True
+
+
+PLAIN = ForwardPath(shared_prompt=False, separate_head=False)
+
+
+def choose_path(model: PreTrainedModel, gradient_checkpointing: bool = False) -> ForwardPath:
+    """The leanest path that gives the plain pass's log-probs on this model.
+
+    With gradient checkpointing there is no cache to share, so sequences stay whole. Warns once of
+    what this model does not allow.
+    """
+    path = ForwardPath(shared_prompt=not gradient_checkpointing)
+    probe = _probe(model)
+    with torch.no_grad():
+        expected = completion_logprobs(model, probe, 1.0, PLAIN)
+        if path.separate_head and not _agrees(model, probe, expected, ForwardPath(False, True)):
+            warnings.warn(
+                f"{type(model).__name__} gives no logits for hidden states alone, so those of a whole"
+                " micro-batch are kept at once; a smaller learner.tokens_per_micro_batch saves memory",
+                stacklevel=2,
+            )
+            path = ForwardPath(path.shared_prompt, False)
+        if path.shared_prompt and not _agrees(model, probe, expected, path):
+            warnings.warn(
+                f"{type(model).__name__} does not go on from a repeated cache as from the whole"
+                " sequence, so prompts are computed once for each completion",
+                stacklevel=2,
+            )
+            path = ForwardPath(False, path.separate_head)
+    return path
+
+
+def completion_logprobs(
+    model: PreTrainedModel,
+    batch: MicroBatch,
+    temperature: float,
+    path: ForwardPath = ForwardPath(),
+) -> Tensor:
+    """log softmax(logits / τ) of every completion token, shape (B, K, T); 0 where masked."""
+    if not batch.mask_BKT.any():
+        return torch.zeros(batch.mask_BKT.shape, device=batch.mask_BKT.device)
+    head = path.separate_head
+    before = _shared_states if path.shared_prompt else _whole_states
+    states_BKTH = before(model, batch, head)
+    states, tokens = states_BKTH[batch.mask_BKT], batch.completions_BKT[batch.mask_BKT]
+    if head:
+        logprobs = _logprobs_of_states(model, states, tokens, temperature)
+    else:
+        logprobs = token_logprobs(states, tokens, temperature)
+    return torch.zeros(batch.mask_BKT.shape, device=logprobs.device).masked_scatter(
+        batch.mask_BKT, logprobs
+    )
+
+
+def _shared_states(model: PreTrainedModel, batch: MicroBatch, hidden: bool) -> Tensor:
+    """What each completion token is predicted from, (B, K, T, ·): the prompt goes through once."""
     B, K, T = batch.completions_BKT.shape
-    lengths_B = batch.prompt_mask_BP.sum(-1)
     cache = DynamicCache(config=model.config)
-    first_BV = model(
+    first = _states(
+        model,
+        hidden,
+        keep=1,
         input_ids=batch.prompts_BP,
         attention_mask=batch.prompt_mask_BP,
         position_ids=(batch.prompt_mask_BP.cumsum(-1) - 1).clamp_min(0),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    )
     # The token after the prompt is drawn from one distribution in all K completions.
-    first_BK = shared_logprobs(first_BV, batch.completions_BKT[..., 0], temperature)
+    first = first[:, None].expand(B, K, 1, first.shape[-1])
     if T == 1:
-        return first_BK[..., None]
+        return first
     cache.batch_repeat_interleave(K)
     tokens = batch.completions_BKT.flatten(0, 1)
     token_mask = batch.mask_BKT.flatten(0, 1).long()
     prompt_mask = batch.prompt_mask_BP.repeat_interleave(K, 0)
-    steps = torch.arange(T - 1, device=tokens.device)
-    positions = lengths_B.repeat_interleave(K)[:, None] + steps
-    logits = model(
+    positions = prompt_mask.sum(-1)[:, None] + torch.arange(T - 1, device=tokens.device)
+    rest = _states(
+        model,
+        hidden,
         input_ids=tokens[:, :-1],
         attention_mask=torch.cat([prompt_mask, token_mask[:, :-1]], 1),
         # Padding stands at position 0: beyond a row's own tokens the context may end.
         position_ids=positions * token_mask[:, :-1],
         past_key_values=cache,
         use_cache=True,
-    ).logits
-    rest = token_logprobs(logits, tokens[:, 1:], temperature).view(B, K, T - 1)
-    return torch.cat([first_BK[..., None], rest], -1)
+    )
+    return torch.cat([first, rest.view(B, K, T - 1, -1)], 2)
+
+
+def _whole_states(model: PreTrainedModel, batch: MicroBatch, hidden: bool) -> Tensor:
+    """The same from whole sequences: the prompt goes through once for each of its completions."""
+    B, K, T = batch.completions_BKT.shape
+    tokens = torch.cat(
+        [batch.prompts_BP.repeat_interleave(K, 0), batch.completions_BKT.flatten(0, 1)], 1
+    )
+    mask = torch.cat(
+        [batch.prompt_mask_BP.repeat_interleave(K, 0), batch.mask_BKT.flatten(0, 1).long()], 1
+    )
+    states = _states(
+        model,
+        hidden,
+        input_ids=tokens[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=((mask.cumsum(-1) - 1) * mask).clamp_min(0)[:, :-1],
+        use_cache=False,
+        keep=T,
+    )
+    return states.view(B, K, T, -1)
+
+
+def _states(model: PreTrainedModel, hidden: bool, keep: int = 0, **inputs: Any) -> Tensor:
+    """Hidden states of the decoder, or logits, (rows, positions, ·), of the last `keep` (0: all)."""
+    if not hidden:
+        return model(**inputs, logits_to_keep=keep).logits
+    return model.get_decoder()(**inputs).last_hidden_state[:, -keep:]
+
+
+def _logprobs_of_states(
+    model: PreTrainedModel, states_MH: Tensor, tokens_M: Tensor, temperature: float
+) -> Tensor:
+    """Log-probs of M tokens, (M,), from the hidden states before them, (M, H)."""
+
+    def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
+        return token_logprobs(_head(model, states), tokens, temperature)
+
+    rows = max(1, LOGITS_AT_ONCE // vocabulary_size(model))
+    if len(tokens_M) <= rows:
+        return logprobs(states_MH, tokens_M)
+    pieces = zip(states_MH.split(rows), tokens_M.split(rows), strict=True)
+    return torch.cat(
+        [
+            checkpoint(logprobs, *piece, use_reentrant=False, preserve_rng_state=False)
+            for piece in pieces
+        ]
+    )
+
+
+def _head(model: PreTrainedModel, states_MH: Tensor) -> Tensor:
+    """Logits (M, V) of hidden states (M, H), with whatever scale or cap the model puts on them.
+
+    The model's own forward pass is run with a decoder that returns `states_MH`: each architecture
+    treats its logits in its own way after the decoder.
+    """
+    output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states_MH[None])  # type: ignore[arg-type]
+    with _replaced_forward(model.get_decoder(), output):
+        return model(input_ids=None, use_cache=False).logits[0]
+
+
+@contextmanager
+def _replaced_forward(module: torch.nn.Module, output: Any) -> Iterator[None]:
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward  # the instance's; the class keeps its own
+
+
+@contextmanager
+def checkpointed_layers(model: PreTrainedModel, active: bool) -> Iterator[None]:
+    """While active, layers keep only their inputs for the backward pass and compute again.
+
+    transformers asks a layer for training mode to do so. The layers alone are put in it, not what is
+    in them, so nothing else changes. Raises ModelError for a model without such layers.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if active and not layers:
+        raise ModelError(
+            f"learner.gradient_checkpointing: {type(model).__name__} has no layers that can be"
+            " computed again; leave it off"
+        )
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if active:
+        for layer in layers:
+            vars(layer)["_gradient_checkpointing_func"] = again
+            layer.gradient_checkpointing = layer.training = True
+    try:
+        yield
+    finally:
+        if active:
+            for layer in layers:
+                layer.gradient_checkpointing = layer.training = False
+
+
+def _probe(model: PreTrainedModel) -> MicroBatch:
+    """Two prompts of unequal length with two completions each, of unequal length too."""
+    device = model.device
+    vocabulary = vocabulary_size(model)
+    tokens = (torch.arange(2 * 5 + 2 * 2 * 4, device=device) * 7 + 3) % vocabulary
+    prompt_mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], device=device)
+    mask = torch.tensor([[4, 2], [1, 3]], device=device)[..., None] > torch.arange(4, device=device)
+    nothing = torch.zeros(2, 2, device=device)
+    return MicroBatch(
+        tokens[:10].view(2, 5), prompt_mask, tokens[10:].view(2, 2, 4), mask, nothing, nothing
+    )
+
+
+def _agrees(model: PreTrainedModel, probe: MicroBatch, expected: Tensor, path: ForwardPath) -> bool:
+    """Whether `path` gives the plain pass's log-probs, to the tolerance of the model's type."""
+    try:
+        found = completion_logprobs(model, probe, 1.0, path)
+    except Exception:
+        # A model that can't be run in this way raises what its author's code happens to raise.
+        return False
+    spread = expected[probe.mask_BKT].std().clamp_min(torch.finfo(torch.float32).tiny)
+    tolerance = TOLERANCE.get(model.dtype, max(TOLERANCE.values()))
+    return bool((found - expected).abs().max() <= tolerance * spread)

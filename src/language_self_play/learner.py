@@ -11,8 +11,9 @@ from torch import Tensor
 from language_self_play.advantages import centre
 from language_self_play.config import Config
 from language_self_play.errors import NonFiniteError
-from language_self_play.forward import completion_logprobs
+from language_self_play.forward import checkpointed_layers, choose_path, completion_logprobs
 from language_self_play.losses import aggregate, kl_terms, policy_gradient
+from language_self_play.optimizer import Optimizer, learning_rate
 from language_self_play.packing import MicroBatch, micro_batches
 from language_self_play.policy import Policy
 from language_self_play.types import Groups
@@ -26,6 +27,7 @@ class StepResult:
     grad_norm: float = 0.0
     kl: dict[str, float] = field(default_factory=dict)
     entropy: dict[str, float] = field(default_factory=dict)
+    learning_rate: float = 0.0
 
 
 class Learner:
@@ -34,31 +36,31 @@ class Learner:
     def __init__(self, policy: Policy, config: Config):
         self.policy = policy
         self.config = config
-        section = config.learner
-        self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=section.betas, weight_decay=section.weight_decay
-        )
+        self.optimizer = Optimizer(policy.model, config.learner)
+        self.path = choose_path(policy.model, config.learner.gradient_checkpointing)
 
-    def step(self, solved: Groups, posed: Groups | None, alpha: float) -> StepResult:
+    def step(self, solved: Groups, posed: Groups | None, alpha: float, step: int = 0) -> StepResult:
         """One step down the gradient of L_Sol + α_Ch · L_Ch. Paper, Algorithm 1, Eq. 4 and 5.
 
-        `posed` is None for GRPO, which is the Solver's half. Raises NonFiniteError, before any
-        weight has changed, if the loss or its gradient is not finite.
+        `posed` is None for GRPO, which is the Solver's half; the learning rate is that of `step`.
+        Raises NonFiniteError, before any weight has changed, if the loss or its gradient is not
+        finite.
         """
-        result = StepResult()
-        self.optimizer.zero_grad(set_to_none=True)
+        section = self.config.learner
+        result = StepResult(
+            learning_rate=learning_rate(step, self.config.lr, section, self.config.steps)
+        )
+        self.optimizer.zero_grad()
         self._backward(solved, 1.0, self.config.solver.beta, result)
         if posed is not None:
             self._backward(posed, alpha, self.config.challenger.beta, result)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.learner.max_grad_norm)
-        result.grad_norm = norm.item()
+        result.grad_norm = self.optimizer.clip(section.max_grad_norm)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise NonFiniteError(
                 f"the loss is {result.loss} and its gradient's norm {result.grad_norm}; the update"
                 " was not made. A lower learner.lr or a larger beta usually helps"
             )
-        self.optimizer.step()
+        self.optimizer.step(result.learning_rate)
         return result
 
     def _backward(self, groups: Groups, weight: float, beta: float, result: StepResult) -> None:
@@ -80,8 +82,9 @@ class Learner:
                 advantages_BK = advantages_BK - penalties[batch.index_BK].to(advantages_BK.device)
             mask = batch.mask_BKT.flatten(0, 1)
             # Padding is 0 in both log-probs: an infinite term there would be NaN in the gradient.
-            logprobs = completion_logprobs(model, batch, groups.temperature).flatten(0, 1)
-            logprobs = torch.where(mask, logprobs, 0.0)
+            with checkpointed_layers(model, section.gradient_checkpointing):
+                logprobs = completion_logprobs(model, batch, groups.temperature, self.path)
+            logprobs = logprobs.flatten(0, 1)
             terms = policy_gradient(logprobs, advantages_BK.flatten())
             if references:
                 reference = references[i].flatten(0, 1)
@@ -100,13 +103,10 @@ class Learner:
     @torch.no_grad()
     def _reference_logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor]:
         """log π_Ref of every micro-batch's tokens, (B, K, T); empty without a reference."""
-        reference = self.policy.reference
-        if reference is None:
+        if not self.policy.has_reference:
             return []
-        return [
-            torch.where(batch.mask_BKT, completion_logprobs(reference, batch, temperature), 0.0)
-            for batch in batches
-        ]
+        with self.policy.as_reference() as reference:
+            return [completion_logprobs(reference, b, temperature, self.path) for b in batches]
 
     def _kl_penalties(
         self, groups: Groups, beta: float, batches: list[MicroBatch], references: list[Tensor]
@@ -129,4 +129,4 @@ class Learner:
     def _micro_batches(self, groups: Groups) -> list[MicroBatch]:
         budget = self.config.learner.tokens_per_micro_batch
         pad_id, device = self.policy.chat.pad_id, self.policy.model.device
-        return list(micro_batches(groups, budget, pad_id, device))
+        return list(micro_batches(groups, budget, pad_id, device, self.path.shared_prompt))

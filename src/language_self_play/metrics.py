@@ -6,7 +6,7 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +36,9 @@ class Turn:
     R_Q_NG: Tensor
     unparsable_fraction: float | None
     result: StepResult
+    parts: dict[str, Tensor] = field(default_factory=dict)  # of a summed reward, by name, (N, G)
+    costs: dict[str, float] = field(default_factory=dict)  # what the reward took, by name
+    objective: str = "hardness"
 
 
 def step_record(
@@ -60,7 +63,8 @@ def step_record(
             record[f"truncated/{groups.role}"] = sum(cut) / len(cut)
             num_sampled += sum(lengths)
     record |= {"loss": result.loss, "grad_norm": result.grad_norm}
-    record |= {f"time/{name}": value for name, value in seconds.items()}
+    record["learning_rate"] = result.learning_rate
+    record |= {f"time/{name}": value for name, value in (seconds | turn.costs).items()}
     record["time/tokens_per_s"] = num_sampled / seconds["step_s"]
     record["memory/peak_gib"] = _peak_memory_gib(device)
     return record
@@ -73,6 +77,9 @@ def _reward_metrics(turn: Turn) -> Record:
         "reward/mean": turn.R_NG.mean().item(),
         "reward/std": turn.R_NG.std(correction=0).item(),
     }
+    for name, values_NG in turn.parts.items():
+        record[f"reward/{name}/mean"] = values_NG.mean().item()
+        record[f"reward/{name}/std"] = values_NG.std(correction=0).item()
     if turn.unparsable_fraction is not None:
         record["quality/mean"] = turn.R_Q_NG.mean().item()
         record["quality/std"] = turn.R_Q_NG.std(correction=0).item()
@@ -104,7 +111,7 @@ def game_records(turn: Turn, describe: Describe) -> list[Record]:
     if posed is None:
         games = [_game(Query(q), None, None, next(answers)) for q in turn.queries]
     else:
-        rewards = challenger_rewards(turn.R_NG, turn.R_Q_NG, posed.valid).tolist()
+        rewards = challenger_rewards(turn.R_NG, turn.R_Q_NG, posed.valid, turn.objective).tolist()
         assert posed.advantages is not None
         advantages = posed.advantages.tolist()
         games = [
@@ -145,14 +152,21 @@ def _answers(turn: Turn) -> list[list[Record]]:
                 "tokens": len(completion.tokens),
                 "finish_reason": completion.finish_reason,
             }
-            for completion, reward, quality, advantage in zip(*columns, strict=True)
+            | (
+                {"rewards": {k: v[i, j].item() for k, v in turn.parts.items()}}
+                if turn.parts
+                else {}
+            )
+            for j, (completion, reward, quality, advantage) in enumerate(zip(*columns, strict=True))
         ]
-        for columns in zip(
-            [group.completions for group in turn.solved.groups],
-            turn.R_NG.tolist(),
-            turn.R_Q_NG.tolist(),
-            turn.solved.advantages.tolist(),
-            strict=True,
+        for i, columns in enumerate(
+            zip(
+                [group.completions for group in turn.solved.groups],
+                turn.R_NG.tolist(),
+                turn.R_Q_NG.tolist(),
+                turn.solved.advantages.tolist(),
+                strict=True,
+            )
         )
     ]
 

@@ -43,21 +43,26 @@ class _Slice(NamedTuple):
 
 
 def micro_batches(
-    groups: Groups, tokens_per_micro_batch: int, pad_id: int, device: torch.device
+    groups: Groups,
+    tokens_per_micro_batch: int,
+    pad_id: int,
+    device: torch.device,
+    shared_prompt: bool = True,
 ) -> Iterator[MicroBatch]:
     """Every completion of `groups` that is kept, in micro-batches of similar lengths.
 
-    A micro-batch holds at most `tokens_per_micro_batch` tokens, but at least one completion.
+    A micro-batch holds at most `tokens_per_micro_batch` tokens, but at least one completion. A
+    prompt counts once for all its completions, or once for each without `shared_prompt`.
     """
     ready: list[_Slice] = []
     ordered = sorted(
-        _slices(groups, tokens_per_micro_batch),
+        _slices(groups, tokens_per_micro_batch, shared_prompt),
         key=lambda s: (len(s.completions), s.longest, len(s.prompt)),
     )
     for new in ordered:
         if ready and (
             len(new.completions) != len(ready[0].completions)
-            or _num_tokens([*ready, new]) > tokens_per_micro_batch
+            or _num_tokens([*ready, new], shared_prompt) > tokens_per_micro_batch
         ):
             yield _collate(ready, pad_id, device)
             ready = []
@@ -66,7 +71,7 @@ def micro_batches(
         yield _collate(ready, pad_id, device)
 
 
-def _slices(groups: Groups, budget: int) -> Iterator[_Slice]:
+def _slices(groups: Groups, budget: int, shared_prompt: bool) -> Iterator[_Slice]:
     """Groups without the completions that are not kept, cut where one exceeds the budget."""
     assert groups.advantages is not None, "advantages come before learning"
     advantages = groups.advantages.flatten().tolist()
@@ -81,16 +86,25 @@ def _slices(groups: Groups, budget: int) -> Iterator[_Slice]:
         if not kept:
             continue
         longest = max(len(tokens) for tokens, _, _ in kept)
-        rows = max(1, (budget - len(group.prompt)) // longest)
+        rows = completions_at_once(budget, len(group.prompt), longest, shared_prompt)
         for first in range(0, len(kept), rows):
             tokens, slice_advantages, places = zip(*kept[first : first + rows], strict=True)
             yield _Slice(group.prompt, list(tokens), list(slice_advantages), list(places))
 
 
-def _num_tokens(slices: list[_Slice]) -> int:
+def completions_at_once(budget: int, prompt: int, completion: int, shared_prompt: bool) -> int:
+    """Most completions of one group in a micro-batch of `budget` tokens; at least one."""
+    if shared_prompt:
+        return max(1, (budget - prompt) // completion)
+    return max(1, budget // (prompt + completion))
+
+
+def _num_tokens(slices: list[_Slice], shared_prompt: bool) -> int:
     longest_prompt = max(len(s.prompt) for s in slices)
     longest = max(s.longest for s in slices)
-    return len(slices) * (longest_prompt + len(slices[0].completions) * longest)
+    K = len(slices[0].completions)
+    prompts = 1 if shared_prompt else K
+    return len(slices) * (prompts * longest_prompt + K * longest)
 
 
 def _collate(slices: list[_Slice], pad_id: int, device: torch.device) -> MicroBatch:

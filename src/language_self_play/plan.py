@@ -39,7 +39,7 @@ def batch_arithmetic(config: Config) -> dict[str, int]:
 
     Raises what a run would raise before it loads weights.
     """
-    from language_self_play.policy import load_chat
+    from language_self_play.chat import load_chat
     from language_self_play.train import challenger_prompts, check_without_weights
 
     check_without_weights(config)
@@ -71,11 +71,11 @@ def _learned(config: Config, groups: int, P: int, K: int, T: int) -> tuple[int, 
 
 def memory_estimate(config: Config) -> dict[str, int]:
     """Bytes by part, from the model's own config; activations of one full micro-batch."""
-    from language_self_play.policy import load_model_config, num_parameters
+    from language_self_play.pretrained import empty_model, load_model_config
 
     model_config = load_model_config(config.policy.path)
     text = model_config.get_text_config()
-    weights = FLOAT32_BYTES * num_parameters(config.policy.path)
+    weights = FLOAT32_BYTES * empty_model(config.policy.path).num_parameters()
     tokens = config.learner.tokens_per_micro_batch
     feed_forward = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     # Per token and layer: about 8 hidden-sized and 4 feed-forward-sized tensors are kept for the

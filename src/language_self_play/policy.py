@@ -1,233 +1,200 @@
-"""The model that is trained, its frozen initial copy, and its chat template."""
+"""The policy π_θ that plays both roles, and the reference π_Ref: loaded, adapted and saved.
+
+Without LoRA the reference is a second, frozen copy of the model. With LoRA it is the policy with its
+adapter off: one copy of the weights serves Challenger, Solver, reference and judge.
+"""
 
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Sequence
-from importlib import resources
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from language_self_play.chat import Chat, load_chat
+from language_self_play.config import Config, Lora
+from language_self_play.config import Policy as PolicySection
+from language_self_play.errors import ConfigError, ModelError
+from language_self_play.extras import require
+from language_self_play.pretrained import (
+    adapter_base,
+    choose_dtype,
+    load_model,
+    read,
+    vocabulary_size,
 )
 
-from language_self_play.config import Policy as PolicySection
-from language_self_play.config import read_text
-from language_self_play.errors import ConfigError, InputFileError, ModelError
-
-BUILT_IN_MODEL = "arena"
-# Models without a stated context get one that no completion reaches.
-UNBOUNDED_CONTEXT = 1 << 30
-
-
-class Chat:
-    """A tokenizer with its chat template: messages to tokens, tokens to text, where to stop."""
-
-    def __init__(self, tokenizer: Any, eos_ids: Sequence[int], template_kwargs: dict[str, Any]):
-        self.tokenizer = tokenizer
-        self.eos_ids = sorted(set(eos_ids))
-        self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.special_tokens = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
-        self._template_kwargs = template_kwargs
-
-    def encode(self, user: str, system: str | None = None, prefill: str = "") -> list[int]:
-        """Tokens of the conversation up to where the assistant speaks, then of `prefill`."""
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": user})
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self._template_kwargs
-        )
-        return self.tokenizer.encode(text + prefill, add_special_tokens=False)
-
-    def encode_reply(self, user: str, reply: str, system: str | None = None) -> list[int]:
-        """Tokens of `reply` as the assistant writes it after `user`, without a stop token."""
-        before = self.encode(user, system)
-        whole = self.encode(user, system, prefill=reply)
-        if whole[: len(before)] == before:
-            return whole[len(before) :]
-        return self.tokenizer.encode(reply, add_special_tokens=False)
-
-    def decode(self, token_lists: list[list[int]]) -> list[str]:
-        """Their texts; special tokens stay, so that what hides behind them is seen and judged."""
-        return self.tokenizer.batch_decode(token_lists, skip_special_tokens=False)
-
-    def without_special(self, text: str) -> str:
-        """`text` with nothing in it that would be read as a special token, such as a role mark."""
-        for token in self.special_tokens:
-            text = text.replace(token, "")
-        return text
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# PEFT puts an adapted layer's own weights one level down.
+BASE_LAYER = ".base_layer"
 
 
 class Policy:
-    """π_θ, the policy that plays both roles, and π_Ref, its frozen initial copy (or None)."""
+    """π_θ and its reference. `adapter` is the PEFT model around π_θ, None in full fine-tuning."""
 
-    def __init__(self, model: PreTrainedModel, chat: Chat, reference: PreTrainedModel | None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chat: Chat,
+        reference: PreTrainedModel | None = None,
+        adapter: Any = None,
+    ):
         self.model = model
         self.chat = chat
-        self.reference = reference
+        self.adapter = adapter
+        self._reference = reference
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def has_reference(self) -> bool:
+        return self.adapter is not None or self._reference is not None
+
+    @contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel]:
+        """π_Ref, a model whose outputs are this stage's initial model's; for use without gradient."""
+        if self.adapter is not None:
+            with self.adapter.disable_adapter():
+                yield self.model
+            return
+        assert self._reference is not None, "no reference was asked for"
+        yield self._reference
+
+    @cached_property
+    def reference_hash(self) -> str | None:
+        """SHA-256 over the reference's weights, which never change; None without a reference."""
+        if not self.has_reference:
+            return None
+        weights = self._base_weights() if self._reference is None else self._reference.state_dict()
+        digest = hashlib.sha256()
+        for name, weight in sorted(weights.items()):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     def save(self, folder: Path) -> None:
-        """Write the model and its tokenizer where AutoModelForCausalLM finds them."""
-        self.model.save_pretrained(folder)
+        """Write the whole model, an adapter merged, where AutoModelForCausalLM finds it."""
+        self.model.save_pretrained(folder, state_dict=self._merged_weights())
         self.chat.tokenizer.save_pretrained(folder)
 
-    def load_weights(self, folder: Path) -> None:
-        """Overwrite π_θ's weights with those that `save` wrote. Raises ModelError."""
-        saved = _load(
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter alone, where PEFT finds it. Its base is the stage's initial model."""
+        import peft
+
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = peft.get_peft_model_state_dict(self.adapter, save_embedding_layers=False)
+        save_file({k: v.contiguous() for k, v in weights.items()}, folder / ADAPTER_WEIGHTS)
+        self.adapter.peft_config["default"].save_pretrained(folder)
+        self.chat.tokenizer.save_pretrained(folder)
+
+    def save_trained(self, folder: Path) -> None:
+        """Write what training changes, for `load_trained`: the adapter, or the whole model."""
+        save = self.save if self.adapter is None else self.save_adapter
+        save(folder)
+
+    def load_trained(self, folder: Path) -> None:
+        """Overwrite π_θ with what `save_trained` wrote. Raises ModelError."""
+        if self.adapter is not None:
+            import peft
+
+            weights = read(str(folder), lambda: load_file(folder / ADAPTER_WEIGHTS))
+            peft.set_peft_model_state_dict(self.adapter, weights)
+            return
+        saved = read(
             str(folder),
             lambda: AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True
+                folder, dtype=self.model.dtype, use_safetensors=True
             ),
         )
         self.model.load_state_dict(saved.state_dict())
 
+    def _base_weights(self) -> dict[str, Tensor]:
+        """The weights without the adapter's, under the names that they have without one."""
+        return {
+            name.replace(BASE_LAYER, ""): weight
+            for name, weight in self.model.state_dict().items()
+            if ".lora_" not in name
+        }
 
-def load_policy(section: PolicySection, device: torch.device, with_reference: bool) -> Policy:
-    """Load the model in float32, and a frozen copy of it if `with_reference`.
+    def _merged_weights(self) -> dict[str, Tensor]:
+        """θ as one model: W + (α/r) B A for every adapted layer (Hu et al. 2021, Eq. 3)."""
+        if self.adapter is None:
+            return self.model.state_dict()
+        from peft.tuners.lora import LoraLayer
 
-    Dropout stays off: the sampler's log-probs must be the trainer's. Raises ModelError.
+        weights = self._base_weights()
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, LoraLayer):
+                weight = weights[f"{name}.weight"]
+                change: Tensor = layer.get_delta_weight("default")  # type: ignore[attr-defined]
+                merged = weight.float() + change.float()
+                weights[f"{name}.weight"] = merged.to("cpu", weight.dtype)
+        return weights
+
+
+def load_policy(config: Config, device: torch.device) -> Policy:
+    """The model of config.policy, with an adapter or with a frozen copy where one is needed.
+
+    Raises ModelError or ConfigError.
     """
-    chat, model = load_chat_model(section, device)
-    reference = copy.deepcopy(model).requires_grad_(False) if with_reference else None
+    chat, model = load_chat_model(config.policy, device, choose_dtype(config.dtype, device))
+    if config.policy.lora is not None:
+        adapter = _add_adapter(model, config.policy.path, config.policy.lora, config.seed)
+        return Policy(model, chat, adapter=adapter)
+    reference = copy.deepcopy(model).requires_grad_(False) if config.needs_reference else None
     return Policy(model, chat, reference)
 
 
-def load_chat_model(section: PolicySection, device: torch.device) -> tuple[Chat, PreTrainedModel]:
+def load_chat_model(
+    section: PolicySection, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Chat, PreTrainedModel]:
     """The tokenizer with its chat template, checked first, then the weights. Raises ModelError."""
     chat = load_chat(section)
-    path = resolve_model(section.path)
-    model = _load(
-        section.path,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True
-        ),
-    )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    model = load_model(section.path, dtype, device, section.trust_remote_code)
+    vocabulary = vocabulary_size(model)
     if len(chat.tokenizer) > vocabulary:
         raise ModelError(
             f"policy.path = {section.path!r}: the tokenizer has {len(chat.tokenizer)} tokens but the"
             f" model's vocabulary only {vocabulary}; they don't belong together"
         )
-    return chat, model.to(device).eval()
+    return chat, model
 
 
-def load_chat(section: PolicySection) -> Chat:
-    """The tokenizer, with `policy.chat_template` if one is given. Raises ModelError."""
-    path = resolve_model(section.path)
-    if not Path(path).is_dir():
-        print(f"{path}: no folder of that name here, so the hub is asked", file=sys.stderr)
-    tokenizer = _load(section.path, lambda: AutoTokenizer.from_pretrained(path))
-    if section.chat_template is not None:
-        tokenizer.chat_template = read_text(Path(section.chat_template), "policy.chat_template")
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"policy.path = {section.path!r}: the tokenizer has no chat template, and both players"
-            " speak through one; use an instruction-tuned model, or give policy.chat_template a"
-            " Jinja file"
-        )
-    eos_ids = _eos_ids(path, tokenizer)
-    if not eos_ids:
-        raise ModelError(
-            f"policy.path = {section.path!r}: neither the generation config nor the tokenizer names"
-            " an end-of-sequence token, so no completion could end"
-        )
-    chat = Chat(tokenizer, eos_ids, section.chat_template_kwargs)
-    try:
-        chat.encode("a query")
-    except Exception as error:
-        # A template is a program of the model's author; whatever it raises is its message.
-        raise ModelError(
-            f"policy.path = {section.path!r}: the chat template fails on a plain user message: {error}"
-        ) from None
-    return chat
+def _add_adapter(model: PreTrainedModel, path: str, settings: Lora, seed: int) -> Any:
+    """A new LoRA adapter in `model` (Hu et al. 2021), in float32; only it has gradients from now on.
 
-
-def resolve_model(path: str) -> str:
-    """The folder or hub id to load from; `arena` is the built-in model."""
-    if path == BUILT_IN_MODEL:
-        return str(resources.files("language_self_play") / "arena" / "model")
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            inside = folder / "model"
-            hint = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
-            raise ModelError(f"{path}: the folder holds no config.json, so it is no model{hint}")
-        return path
-    if folder.exists():
-        raise ModelError(f"{path}: is a file; a model is a folder with config.json and safetensors")
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ModelError(f"{path}: no such folder")
-    return path
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA, else MPS, else CPU. Raises ConfigError for a device that isn't here."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"device = {name!r}: can't be used here: {reason}") from None
-    return device
-
-
-def load_model_config(path: str) -> PreTrainedConfig:
-    """The model's own config, without its weights. Raises ModelError."""
-    return _load(path, lambda: AutoConfig.from_pretrained(resolve_model(path)))
-
-
-def num_parameters(path: str) -> int:
-    """How many weights the model has, without loading them. Raises ModelError."""
-    config = load_model_config(path)
-    with torch.device("meta"):
-        model = _load(path, lambda: AutoModelForCausalLM.from_config(config))
-    return sum(p.numel() for p in model.parameters())
-
-
-def context_length(config: PreTrainedConfig) -> int:
-    """Most tokens of prompt and completion together; UNBOUNDED_CONTEXT if the model states none."""
-    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return stated or UNBOUNDED_CONTEXT
-
-
-def _eos_ids(path: str, tokenizer: Any) -> list[int]:
-    """Stop tokens of the generation config (there may be several) and of the tokenizer."""
-    ids: list[int] = []
-    try:
-        eos = transformers.GenerationConfig.from_pretrained(path).eos_token_id
-        ids += eos if isinstance(eos, list) else [eos]
-    except OSError as error:
-        # Not every model has a generation config; one that is there must be readable.
-        if (Path(path) / "generation_config.json").exists():
-            raise ModelError(f"{path}/generation_config.json: can't be read: {error}") from None
-    return [i for i in [*ids, tokenizer.eos_token_id] if i is not None]
-
-
-def _load(path: str, load: Any) -> Any:
-    """Call a transformers loader; whatever it raises becomes one sentence."""
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        return load()
-    except (InputFileError, ModelError):
-        raise
-    except Exception as error:
-        # Loaders raise errors of many kinds (OSError, ValueError, KeyError, safetensors' own).
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines[:2]) if lines else type(error).__name__
-        raise ModelError(f"policy.path = {path!r}: can't be loaded: {reason}") from None
+    B begins as 0, so the policy begins as its reference; A is drawn from `seed`.
+    """
+    peft = require("peft", "lora", "policy.lora")
+    lora = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=settings.targets,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),  # GPT-2's layout
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            adapter = peft.get_peft_model(model, lora)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"policy.lora.targets = {settings.targets!r}: do not fit the model: {reason}"
+            ) from None
+    # Where the adapter's user finds its base: a folder wherever they start from, a hub id as it is.
+    local = Path(path).is_dir() or adapter_base(path) is not None
+    lora.base_model_name_or_path = str(Path(path).resolve()) if local else path
+    adapter.peft_config["default"].base_model_name_or_path = lora.base_model_name_or_path
+    return adapter

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from language_self_play.arena.tiny_model import JUDGE_PROMPT, POSE_PROMPT
-from language_self_play.config import read_text
 from language_self_play.errors import ConfigError
+from language_self_play.recipe_files import read_text
 
 START_TAG, END_TAG = "<template>", "</template>"
 

@@ -17,8 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from language_self_play.config import Config, load_recipe, merge
+from language_self_play.config import Config
 from language_self_play.errors import ConfigError, NonFiniteError, RunFolderError
+from language_self_play.recipe_files import load_recipe, merge
 
 Record = dict[str, Any]
 
@@ -37,20 +38,23 @@ class RunFolder:
         self.games_folder = self.folder / "games"
         self.checkpoints_folder = self.folder / "checkpoints"
         self.model_folder = self.folder / "model"
+        self.adapter_folder = self.folder / "adapter"
 
     @classmethod
     def holding(cls, path: Path) -> RunFolder | None:
-        """The run that `path` is, or lies in: its model/, or a checkpoint's."""
-        inside = path.name == "model" and path.parent.parent.name == "checkpoints"
+        """The run that `path` is, or lies in: its model/ or adapter/, or a checkpoint's."""
+        within = path.name in ("model", "adapter")
+        inside = within and path.parent.parent.name == "checkpoints"
         above = path.parent.parent.parent if inside else path.parent
-        for folder in (path, above) if path.name == "model" else (path,):
+        for folder in (path, above) if within else (path,):
             if (run := cls(folder)).config_file.is_file() and run.checkpoints_folder.is_dir():
                 return run
         return None
 
     def newest_model(self) -> Path:
         """model/, or the newest checkpoint's where the run has not finished."""
-        models = sorted(self.checkpoints_folder.glob("step-*/model"))
+        checkpoints = self.checkpoints_folder
+        models = sorted([*checkpoints.glob("step-*/model"), *checkpoints.glob("step-*/adapter")])
         return models[-1] if models and not self.model_folder.is_dir() else self.model_folder
 
     def refuse_if_used(self) -> None:
@@ -99,6 +103,12 @@ class RunFolder:
                     f"{name} = {value!r}: was {before.get(name)!r} when the run began, and a resumed"
                     f" run may change only {', '.join(RESUMABLE)}; start a new run instead"
                 )
+        if config.steps != before["steps"] and config.learner.schedule != "constant":
+            raise ConfigError(
+                f"steps = {config.steps}: was {before['steps']!r} when the run began, and with"
+                f" learner.schedule = {config.learner.schedule!r} every learning rate would have been"
+                " another; start a new run instead"
+            )
 
     def record(self, record: Record, games: list[Record]) -> None:
         """Append one step's metrics, and write its games. Raises RunFolderError."""

@@ -9,19 +9,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from language_self_play.advantages import challenger_advantages, solver_advantages
 from language_self_play.arena import tasks as arena
+from language_self_play.chat import load_chat
 from language_self_play.checkpoint import load_checkpoint, save_checkpoint, save_model
 from language_self_play.config import Config, as_list
-from language_self_play.data import load_queries, queries_of_step
-from language_self_play.errors import ConfigError, Paused
+from language_self_play.data import Question, load_queries, queries_of_step
+from language_self_play.errors import ConfigError, Paused, ServiceError
 from language_self_play.evaluate.accuracy import arena_accuracy
-from language_self_play.learner import Learner
+from language_self_play.learner import Learner, StepResult
 from language_self_play.metrics import Turn, game_records, step_record
+from language_self_play.model_card import model_card
 from language_self_play.players import (
     ChallengerPrompt,
     answer_queries,
@@ -29,13 +32,12 @@ from language_self_play.players import (
     pose_queries,
     truncation_penalties,
 )
-from language_self_play.policy import (
-    Policy,
+from language_self_play.policy import Policy, load_policy
+from language_self_play.pretrained import (
     choose_device,
+    choose_dtype,
     context_length,
-    load_chat,
     load_model_config,
-    load_policy,
 )
 from language_self_play.progress import Progress, build_progress
 from language_self_play.prompts import challenger_prompt
@@ -46,7 +48,7 @@ from language_self_play.run_folder import Record, RunFolder, free_run_folder, re
 from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
 from language_self_play.stopwatch import Stopwatch
-from language_self_play.types import Posed
+from language_self_play.types import Posed, Solved
 
 
 def self_play(
@@ -63,7 +65,7 @@ def self_play(
 
     Raises an LspError: ConfigError, ModelError, InputFileError and RewardError before weights are
     loaded where that is possible, NonFiniteError for a NaN or infinity, and Paused, after a
-    checkpoint, when SIGINT or SIGTERM asks it to stop.
+    checkpoint, when SIGINT or SIGTERM asks it to stop or a service that a reward needs is away.
     """
     folder = RunFolder(run if run is not None else free_run_folder(config.algorithm))
     if resume:
@@ -83,8 +85,11 @@ def self_play(
         start = 0
         folder.create(config)
     folder.event("resumed" if resume else "started", step=start)
-    with stop_requests() as stop_requested, progress or build_progress(config, start) as watcher:
-        play(game, folder, start, watcher, stop_requested)
+    with game, stop_requests() as stop_requested, progress or build_progress(config, start) as seen:
+        try:
+            play(game, folder, start, seen, stop_requested)
+        except ServiceError as error:
+            pause(game, folder, game.sampler.step, str(error))
     return folder
 
 
@@ -97,6 +102,7 @@ def play(
 ) -> None:
     """The loop: step s samples with weights version s, and learns version s + 1 from it."""
     config, policy, sampler, learner = game.config, game.policy, game.sampler, game.learner
+    objective = config.challenger.objective
     watch = Stopwatch()
     sync = watch.timed("sync", game.sync)
     pose = watch.timed("sample_challenger", game.pose)
@@ -111,16 +117,16 @@ def play(
         sync(step)  # on-policy: the sampler holds θ_step
         evaluation = evaluate() if step % config.eval.every == 0 else {}
         posed = pose(step)  # q_i ~ π_θ(· | challenger prompt); None in GRPO
-        queries = posed.queries if posed else game.queries_of_step(step)
+        queries, keys = (posed.queries, None) if posed else game.questions_of_step(step)
         solved = answer(sampler, queries, config.solver)  # a_ij ~ π_θ(· | q_i)
-        R = reward(queries, solved.answers)  # (N, G)
+        R = reward(queries, solved.answers, keys)  # (N, G)
         R_Q = self_reward(queries, solved.answers)  # (N, G), zeros in LSP-Zero and GRPO
         penalty = truncation_penalties(solved, config.solver)  # (N, G), zeros by default
         solved.advantages = solver_advantages(R - penalty, R_Q)  # centred R + R_Q
         if posed:
-            posed.advantages = challenger_advantages(R, R_Q, posed.valid)  # centred V_Q - V
-        result = learn(solved, posed, config.challenger.alpha)  # L_Sol + α_Ch · L_Ch, one step
-        turn = Turn(step, queries, posed, solved, R, R_Q, game.unparsable_fraction, result)
+            posed.advantages = challenger_advantages(R, R_Q, posed.valid, objective)  # V_Q - V
+        result = learn(solved, posed, config.challenger.alpha, step)  # L_Sol + α_Ch · L_Ch
+        turn = game.turn(step, queries, posed, solved, R, R_Q, result)
         games = game_records(turn, game.describe)
         record = step_record(turn, watch.lap(), policy.device, game.describe) | evaluation
         run.record(record, games)  # before the checkpoint that would skip this step on resume
@@ -129,21 +135,29 @@ def play(
         if stopping or (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
             save(run, policy, learner.optimizer, step + 1, config.checkpoint.keep_last)
         if stopping:
-            run.event("paused", step=step + 1)
-            played = f"{step + 1} of {config.steps} steps"
-            raise Paused(f"paused, {played} played; go on with: lsp train --resume {run.folder}")
+            pause(game, run, step + 1)
 
     sync(config.steps)
     if evaluation := evaluate():
         run.record({"step": config.steps, **evaluation}, [])
         progress.step({"step": config.steps, **evaluation}, [])
-    save_model(run, policy)
+    save_model(run, policy, model_card)
     run.event("finished", step=config.steps)
+
+
+def pause(game: Game, run: RunFolder, step: int, reason: str | None = None) -> NoReturn:
+    """Stop resumably before `step`, with a checkpoint of the weights that it would be played with."""
+    keep_last = game.config.checkpoint.keep_last
+    save_checkpoint(run, game.policy, game.learner.optimizer, step, keep_last)
+    run.event("paused", step=step, **({"reason": reason} if reason else {}))
+    played = f"{step} of {game.config.steps} steps played"
+    why = f"paused, {reason}; {played}" if reason else f"paused, {played}"
+    raise Paused(f"{why}; go on with: lsp train --resume {run.folder}")
 
 
 @dataclass
 class Game:
-    """What a run is played with."""
+    """What a run is played with. Left as a context, it ends what its reward has started."""
 
     config: Config
     policy: Policy
@@ -152,7 +166,13 @@ class Game:
     reward: RewardSum
     judge: QualityJudge | None
     challenger_prompts: list[ChallengerPrompt]
-    queries: list[str]
+    questions: list[Question]
+
+    def __enter__(self) -> Game:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.reward.close()
 
     @property
     def in_arena(self) -> bool:
@@ -183,10 +203,12 @@ class Game:
             arena.is_held_out_query if self.in_arena else lambda query: False,
         )
 
-    def queries_of_step(self, step: int) -> list[str]:
-        """GRPO's queries, from the file."""
+    def questions_of_step(self, step: int) -> tuple[list[str], list[str | None]]:
+        """GRPO's queries and their keys, from the file."""
         config = self.config
-        return queries_of_step(self.queries, step, config.challenger.num_queries, config.seed)
+        num_queries = config.challenger.num_queries
+        chosen = queries_of_step(self.questions, step, num_queries, config.seed)
+        return [q.query for q in chosen], [q.key for q in chosen]
 
     def self_reward(self, queries: list[str], answers: list[list[str]]) -> Tensor:
         """R_Q, (N, G): the judge's in LSP, zeros otherwise."""
@@ -194,10 +216,24 @@ class Game:
             return torch.zeros(len(queries), len(answers[0]) if answers else 0)
         return self.judge(queries, answers)
 
-    @property
-    def unparsable_fraction(self) -> float | None:
-        """Share of the judge's replies without a score in the last call; None without a judge."""
-        return None if self.judge is None else self.judge.unparsable_fraction
+    def turn(
+        self,
+        step: int,
+        queries: list[str],
+        posed: Posed | None,
+        solved: Solved,
+        R: Tensor,
+        R_Q: Tensor,
+        result: StepResult,
+    ) -> Turn:
+        """The step as it is recorded, with what the reward and the judge say of their last call."""
+        unparsable = None if self.judge is None else self.judge.unparsable_fraction
+        parts = self.reward.parts if len(self.reward.terms) > 1 else {}
+        costs = self.reward.costs()
+        objective = self.config.challenger.objective
+        return Turn(
+            step, queries, posed, solved, R, R_Q, unparsable, result, parts, costs, objective
+        )
 
     def evaluate(self) -> Record:
         """The metrics of config.eval.tasks for the current weights."""
@@ -214,28 +250,31 @@ def prepare(config: Config) -> Game:
     """Check everything that needs no weights, then load them."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    config = config.model_copy(update={"threads": torch.get_num_threads()})
-    device, reward, queries = check_without_weights(config)
+    device, reward, questions = check_without_weights(config)
+    dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
+    config = config.model_copy(update={"threads": torch.get_num_threads(), "dtype": dtype})
     warn_of_bias(config)
-    policy = load_policy(config.policy, device, with_reference=config.needs_reference)
+    policy = load_policy(config, device)
+    reward.load(device)
     sampler = TransformersSampler(policy.model, policy.chat, config.seed, config.rollout.batch_size)
     judge = build_judge(config, policy) if config.algorithm == "lsp" else None
     prompts = challenger_prompts(config) if config.algorithm != "grpo" else []
     learner = Learner(policy, config)
-    return Game(config, policy, sampler, learner, reward, judge, prompts, queries)
+    return Game(config, policy, sampler, learner, reward, judge, prompts, questions)
 
 
-def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list[str]]:
-    """Device, reward and GRPO's queries: whatever can be wrong before weights load shows here.
+def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list[Question]]:
+    """Device, reward and GRPO's questions: whatever can be wrong before weights load shows here.
 
     Raises ConfigError, InputFileError, ModelError or RewardError.
     """
     device = choose_device(config.device)
     reward = build_reward(config)
     held_out = arena.is_held_out_query if plays_in_arena(config) else lambda query: False
-    queries = load_queries(config.data, held_out) if config.algorithm == "grpo" else []
+    questions = load_queries(config.data, held_out) if config.algorithm == "grpo" else []
     chat = load_chat(config.policy)
-    context = context_length(load_model_config(config.policy.path))
+    remote_code = config.policy.trust_remote_code
+    context = context_length(load_model_config(config.policy.path, remote_code))
     try:
         chat.encode("a query", config.solver.system_prompt)
     except Exception as error:
@@ -248,7 +287,7 @@ def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list
             check_challenger_prompt(chat.encode(prompt.text), context)
     if config.algorithm == "lsp":
         JudgeQuestions(config.self_reward, chat, context)
-    return device, reward, queries
+    return device, reward, questions
 
 
 def plays_in_arena(config: Config) -> bool:

@@ -17,17 +17,23 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="as JSON, one object a setting")
     options = parser.parse_args(arguments)
 
-    from language_self_play.config import fields, reward_kinds
+    from language_self_play.config import Config
     from language_self_play.errors import ConfigError
+    from language_self_play.settings import fields, kinds
 
-    chosen = [f for f in fields() if f.name.startswith(options.section or "")]
+    chosen = [f for f in fields(Config) if f.name.startswith(options.section or "")]
     if not chosen:
         raise ConfigError(f"{options.section}: no setting's name begins so")
     if options.json:
         for field in chosen:
-            print(json.dumps(field.model_dump(exclude={"annotation"})))
+            print(json.dumps(field._asdict()))
         return 0
+    kind = None
     for field in chosen:
+        if field.kind != kind and field.kind is not None:
+            print(f'[reward.NAME] with kind = "{field.kind}"; NAME is yours to choose')
+            print(textwrap.indent(textwrap.fill(kinds(Config)[field.kind], 88), "    "))
+        kind = field.kind
         if field.required:
             default = "required"
         elif field.default is None:
@@ -36,12 +42,4 @@ def run(arguments: list[str]) -> int:
             default = json.dumps(field.default, ensure_ascii=False)
         print(f"{field.name}  ({field.type}; {default})")
         print(textwrap.indent(textwrap.fill(field.description, 88), "    "))
-        if field.name == "reward.NAME.weight":
-            print("    NAME is yours to choose; its `kind` is one of:")
-            for kind, meaning in reward_kinds().items():
-                print(
-                    textwrap.fill(
-                        f"{kind}: {meaning}", 88, initial_indent="    ", subsequent_indent="      "
-                    )
-                )
     return 0

@@ -46,9 +46,11 @@ def _accuracy(model: str, device: str, json_file: Path | None) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from language_self_play.config import Config, Learner, Policy, merge
+    from language_self_play.config import Config, Learner, Policy
     from language_self_play.evaluate.accuracy import Accuracy, arena_accuracy
-    from language_self_play.policy import choose_device, load_chat_model
+    from language_self_play.policy import load_chat_model
+    from language_self_play.pretrained import choose_device
+    from language_self_play.recipe_files import merge
     from language_self_play.run_folder import RunFolder
 
     tokens_at_once, system_prompt = Learner().tokens_per_micro_batch, None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import tomllib
 from typing import Any
 
-from language_self_play.config import merge, parse_override
+from language_self_play.config import Config
 from language_self_play.errors import ConfigError
+from language_self_play.recipe_files import merge
+from language_self_play.settings import fields
 
 
 def split_overrides(arguments: list[str], own: set[str]) -> tuple[list[str], dict[str, Any]]:
@@ -30,3 +33,27 @@ def split_overrides(arguments: list[str], own: set[str]) -> tuple[list[str], dic
                 raise ConfigError(f"{name}: needs a value{hint}")
         table = merge(table, parse_override(name.removeprefix("--"), value))
     return rest, table
+
+
+def parse_override(name: str, value: str) -> dict[str, Any]:
+    """The nested table for a flag `--name value`: a TOML value, or text where text is wanted."""
+    *sections, leaf = name.split(".")
+    as_text = _wants_text(name) and not value.startswith("[")
+    table: dict[str, Any] = {leaf: value if as_text else _toml_value(value)}
+    for section in reversed(sections):
+        table = {section: table}
+    return table
+
+
+def _toml_value(value: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def _wants_text(name: str) -> bool:
+    for field in fields(Config):
+        if field.name == name:
+            return field.type.split(" | ")[0] == "text"
+    return False

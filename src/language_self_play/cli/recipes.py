@@ -20,7 +20,7 @@ def run(arguments: list[str]) -> int:
     copy.add_argument("file", metavar="FILE", nargs="?", help="default: NAME.toml")
     options = parser.parse_args(arguments)
 
-    from language_self_play.config import recipe_names, recipe_text
+    from language_self_play.recipe_files import recipe_names, recipe_text
 
     if options.action in (None, "list"):
         for name in recipe_names():

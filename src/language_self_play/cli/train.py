@@ -50,7 +50,8 @@ def run(arguments: list[str]) -> int:
     if not options.resume and not options.recipe:
         raise ConfigError("which RECIPE? A TOML file or a shipped name, such as: lsp train arena")
 
-    from language_self_play.config import Config, load_recipe, merge
+    from language_self_play.config import Config
+    from language_self_play.recipe_files import load_recipe, merge
     from language_self_play.run_folder import RunFolder, free_run_folder
 
     if options.resume:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from language_self_play.arena.questions import held_out_problems
 from language_self_play.arena.tasks import TIERS
+from language_self_play.chat import Chat
 from language_self_play.packing import pad_left
-from language_self_play.policy import Chat
 
 # Two-sided 95 % of a normal distribution.
 Z_95 = 1.959964

@@ -1,94 +1,139 @@
-"""Rewards R(q, a): one file each, chosen by `kind`, summed by weight.
-
-A reward is a function of flat lists, `reward(queries, answers) -> one number for each pair`.
-"""
+"""Rewards R(q, a): one file each, chosen by `kind`, summed by weight."""
 
 from __future__ import annotations
 
 import math
-import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from language_self_play.config import Config, PythonReward
+from language_self_play.config import Config
 from language_self_play.errors import NonFiniteError, RewardError
 
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+# kind -> the module in this room that has it, as `build(name, section, config) -> Reward`.
+KINDS = {
+    "arena": "language_self_play.rewards.arena",
+    "python": "language_self_play.rewards.python",
+    "reward_model": "language_self_play.rewards.reward_model",
+    "verifier": "language_self_play.rewards.verifier",
+    "majority": "language_self_play.rewards.majority",
+    "judge": "language_self_play.rewards.judge",
+}
+
+
+class Reward:
+    """What every kind of reward is: a function of a step's queries, their answers and their keys.
+
+    Building one checks what can be checked at once (files, extras, isolation, the environment) and
+    loads no weights.
+    """
+
+    def load(self, device: torch.device) -> None:
+        """Load what takes long: weights, to `device` unless configured elsewhere. Called once."""
+
+    def __call__(
+        self, queries: list[str], answers: list[list[str]], keys: list[str | None]
+    ) -> Sequence[Sequence[float]]:
+        """R of G answers to each of N queries, N rows of G numbers; keys are (N,), None if unknown.
+
+        Raises RewardError, or ServiceError if it can't be had for now.
+        """
+        raise NotImplementedError
+
+    def costs(self) -> dict[str, float]:
+        """What the last call took beside time, such as `usd`, by name."""
+        return {}
+
+    def close(self) -> None:
+        """End what it started: processes, connections. It may be called again."""
 
 
 class RewardSum:
     """R(q, a) = Σ weight · reward(q, a) over the configured rewards."""
 
-    def __init__(self, terms: dict[str, tuple[float, RewardFunction]]):
+    def __init__(self, terms: dict[str, tuple[float, Reward]]):
         self.terms = terms
+        self.parts: dict[str, Tensor] = {}  # of the last call: each reward's own values, (N, G)
 
-    def __call__(self, queries: list[str], answers: list[list[str]]) -> Tensor:
-        """R of G answers to each of N queries, shape (N, G).
+    def load(self, device: torch.device) -> None:
+        for _, reward in self.terms.values():
+            reward.load(device)
+
+    def __call__(
+        self,
+        queries: list[str],
+        answers: list[list[str]],
+        keys: list[str | None] | None = None,
+    ) -> Tensor:
+        """R of G answers to each of N queries, shape (N, G). `keys` are (N,), all None by default.
 
         Raises RewardError for a reward that raises or returns something other than one number
-        a pair, NonFiniteError for one that is not finite.
+        an answer, NonFiniteError for one that is not finite, ServiceError for one that is away.
         """
-        pairs = [(q, a) for q, group in zip(queries, answers, strict=True) for a in group]
-        total = torch.zeros(len(pairs))
-        if pairs:
-            flat_queries, flat_answers = map(list, zip(*pairs, strict=True))
-            for name, (weight, function) in self.terms.items():
-                total += weight * _call(name, function, flat_queries, flat_answers)
-        return total.view(len(queries), len(answers[0]) if answers else 0)
+        self.parts = {}
+        total = torch.zeros(len(queries), len(answers[0]) if answers else 0)
+        if queries:
+            keys = [None] * len(queries) if keys is None else keys
+            for name, (weight, reward) in self.terms.items():
+                values = reward(queries, answers, keys)
+                self.parts[name] = checked(name, values, queries, answers)
+                total += weight * self.parts[name]
+        return total
+
+    def costs(self) -> dict[str, float]:
+        """`NAME_what` -> number, of the last call."""
+        return {
+            f"{name}_{what}": value
+            for name, (_, reward) in self.terms.items()
+            for what, value in reward.costs().items()
+        }
+
+    def close(self) -> None:
+        for _, reward in self.terms.values():
+            reward.close()
 
 
 def build_reward(config: Config) -> RewardSum:
-    """The configured rewards. Raises RewardError for one that can't be had, before weights load."""
-    terms: dict[str, tuple[float, RewardFunction]] = {}
+    """The configured rewards, checked but not loaded.
+
+    Raises RewardError, ConfigError, InputFileError or ModelError for one that can't be had.
+    """
+    terms: dict[str, tuple[float, Reward]] = {}
     for name, section in config.reward.items():
-        if isinstance(section, PythonReward):
-            from language_self_play.rewards.python import load_function
-
-            function = load_function(name, section.function)
-            _call(name, function, ["a query"], ["an answer"])  # what is wrong with it shows now
-        else:
-            from language_self_play.rewards.arena import arena_reward
-
-            function = arena_reward
-        terms[name] = (section.weight, function)
+        build: Any = import_module(KINDS[section.kind]).build
+        terms[name] = (section.weight, build(name, section, config))
     return RewardSum(terms)
 
 
-def _call(name: str, function: RewardFunction, queries: list[str], answers: list[str]) -> Tensor:
-    """The reward's values as float32, one for each pair."""
+def checked(
+    name: str, returned: Sequence[Sequence[float]], queries: list[str], answers: list[list[str]]
+) -> Tensor:
+    """A reward's values as float32, (N, G). Raises RewardError or NonFiniteError."""
     try:
-        returned = function(queries, answers)
-        values = list(returned) if isinstance(returned, Iterable) else [returned]
-    except Exception as error:
-        # A reward is the user's code; whatever it raises is reported under its name.
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        raise RewardError(
-            f"reward.{name}: raised {type(error).__name__}: {error}"
-            f" ({where.filename}:{where.lineno})"
-        ) from error
-    try:
-        if not isinstance(returned, Iterable) or any(isinstance(v, str) for v in values):
-            raise TypeError("not a list of numbers")
-        numbers = torch.tensor([float(value) for value in values], dtype=torch.float32)
+        values_NG = torch.tensor([[float(v) for v in row] for row in returned])
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise RewardError(
-            f"reward.{name}: returned {_shown(returned)}; it must return a list of numbers"
+            f"reward.{name}: returned {shown(returned)}; it must return one number for each answer"
         ) from None
-    if len(numbers) != len(queries):
+    if values_NG.shape != (len(queries), len(answers[0])):
         raise RewardError(
-            f"reward.{name}: returned {len(numbers)} numbers for {len(queries)} (query, answer) pairs"
+            f"reward.{name}: returned numbers of shape {tuple(values_NG.shape)} for"
+            f" {len(queries)} queries with {len(answers[0])} answers each"
         )
-    for value, number, query, answer in zip(values, numbers, queries, answers, strict=True):
-        if not math.isfinite(number):
-            raise NonFiniteError(
-                f"reward.{name}: returned {value} for query {_shown(query)} and answer"
-                f" {_shown(answer)}; a reward must be finite in float32"
-            )
-    return numbers
+    for query, group, values, numbers in zip(queries, answers, returned, values_NG, strict=True):
+        for answer, value, number in zip(group, values, numbers.tolist(), strict=True):
+            if not math.isfinite(number):
+                raise NonFiniteError(
+                    f"reward.{name}: returned {value} for query {shown(query)} and answer"
+                    f" {shown(answer)}; a reward must be finite in float32"
+                )
+    return values_NG
 
 
-def _shown(value: object, limit: int = 200) -> str:
+def shown(value: object, limit: int = 200) -> str:
+    """`value` as it appears in messages, cut short."""
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "…"

@@ -2,19 +2,68 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+import traceback
+from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import Any
 
+from language_self_play.config import Config, PythonReward
 from language_self_play.errors import RewardError
-
-if TYPE_CHECKING:
-    from language_self_play.rewards import RewardFunction
+from language_self_play.rewards import Reward, checked, shown
 
 
-def load_function(name: str, target: str) -> RewardFunction:
-    """Import `module:function`, also from the current folder. Raises RewardError."""
+class PythonFunction(Reward):
+    """Calls the function with flat lists, one (query, answer) pair after the other."""
+
+    def __init__(self, name: str, function: Callable[..., Any]):
+        self.name = name
+        self.function = function
+        self.takes_keys = _takes_keys(function)
+
+    def __call__(
+        self, queries: list[str], answers: list[list[str]], keys: list[str | None]
+    ) -> list[list[float]]:
+        flat_queries = [q for q, group in zip(queries, answers, strict=True) for _ in group]
+        flat_answers = [a for group in answers for a in group]
+        arguments: list[list[Any]] = [flat_queries, flat_answers]
+        if self.takes_keys:
+            arguments.append([k for k, group in zip(keys, answers, strict=True) for _ in group])
+        try:
+            returned = self.function(*arguments)
+            values = list(returned) if isinstance(returned, Iterable) else [returned]
+        except Exception as error:
+            # A reward is the user's code; whatever it raises is reported under its name.
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise RewardError(
+                f"reward.{self.name}: raised {type(error).__name__}: {error}"
+                f" ({where.filename}:{where.lineno})"
+            ) from error
+        if not isinstance(returned, Iterable) or any(isinstance(v, str) for v in values):
+            raise RewardError(
+                f"reward.{self.name}: returned {shown(returned)}; it must return a list of numbers"
+            )
+        if len(values) != len(flat_answers):
+            raise RewardError(
+                f"reward.{self.name}: returned {len(values)} numbers for {len(flat_answers)}"
+                " (query, answer) pairs"
+            )
+        rows = iter(values)
+        return [[next(rows) for _ in group] for group in answers]
+
+
+def build(name: str, section: PythonReward, config: Config) -> PythonFunction:
+    """Import the function, also from the current folder, and call it once. Raises RewardError."""
+    reward = PythonFunction(name, load_function(name, section.function))
+    trial = ["a query"], [["an answer"]]
+    checked(name, reward(*trial, [None]), *trial)  # what is wrong with it shows now
+    return reward
+
+
+def load_function(name: str, target: str) -> Callable[..., Any]:
+    """The function named `module:function`. Raises RewardError."""
     module_name, _, function_name = target.partition(":")
     if not module_name or not function_name:
         raise RewardError(
@@ -38,3 +87,10 @@ def load_function(name: str, target: str) -> RewardFunction:
             f"reward.{name}.function = {target!r}: {module_name} has no function {function_name}"
         )
     return function
+
+
+def _takes_keys(function: Callable[..., Any]) -> bool:
+    try:
+        return "keys" in inspect.signature(function).parameters
+    except ValueError:  # of a built-in that does not tell
+        return False

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from language_self_play.chat import Chat
 from language_self_play.config import Config, Sampling, SelfReward
 from language_self_play.errors import ConfigError
 from language_self_play.packing import pad_left
-from language_self_play.policy import Chat, Policy
+from language_self_play.policy import Policy
 from language_self_play.prompts import (
     MAX_SCORE,
     SCORE_PREFIX,
@@ -81,8 +86,15 @@ class QualityJudge:
     criteria   Σ_c p(yes) over the seven criteria
     """
 
-    def __init__(self, sampler: TransformersSampler, settings: SelfReward, tokens_at_once: int):
+    def __init__(
+        self,
+        sampler: TransformersSampler,
+        settings: SelfReward,
+        tokens_at_once: int,
+        as_reference: Callable[[], AbstractContextManager[PreTrainedModel]],
+    ):
         self.sampler = sampler
+        self.as_reference = as_reference
         self.settings = settings
         self.tokens_at_once = tokens_at_once
         self.unparsable_fraction = 0.0
@@ -95,7 +107,8 @@ class QualityJudge:
         if not distinct:
             self.unparsable_fraction = 0.0
             return torch.zeros(0, 0)
-        scores = dict(zip(distinct, self.score(distinct), strict=True))
+        with self.as_reference() as self.sampler.model:
+            scores = dict(zip(distinct, self.score(distinct), strict=True))
         rewards_NG = torch.tensor([scores[pair] for pair in pairs]).view(len(queries), -1)
         return self.settings.weight * rewards_NG
 
@@ -176,11 +189,10 @@ class QualityJudge:
 
 def build_judge(config: Config, policy: Policy) -> QualityJudge:
     """The reference model as judge. Its randomness is a stream of its own."""
-    assert policy.reference is not None, "LSP loads a reference"
-    sampler = TransformersSampler(
-        policy.reference, policy.chat, config.seed, config.rollout.batch_size
+    sampler = TransformersSampler(policy.model, policy.chat, config.seed, config.rollout.batch_size)
+    return QualityJudge(
+        sampler, config.self_reward, config.learner.tokens_per_micro_batch, policy.as_reference
     )
-    return QualityJudge(sampler, config.self_reward, config.learner.tokens_per_micro_batch)
 
 
 def _next_tokens(chat: Chat, prefill: str, words: list[str]) -> list[int]:

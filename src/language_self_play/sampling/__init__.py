@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from language_self_play.chat import Chat
     from language_self_play.config import Sampling
-    from language_self_play.policy import Chat
     from language_self_play.types import Group, Role
 
 
@@ -17,6 +17,7 @@ class Sampler(Protocol):
 
     chat: Chat
     context_length: int
+    step: int  # of the last `sync`
 
     def sync(self, model: PreTrainedModel, step: int) -> None:
         """Take over the weights of `model`, version `step`; draws are functions of `step`."""

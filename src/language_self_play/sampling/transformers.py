@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from language_self_play.chat import Chat
 from language_self_play.config import Sampling
 from language_self_play.errors import NonFiniteError
 from language_self_play.logprobs import draw_tokens
 from language_self_play.packing import pad_left
-from language_self_play.policy import Chat, context_length
+from language_self_play.pretrained import context_length
 from language_self_play.randomness import stream_key, uniforms
 from language_self_play.types import Completion, FinishReason, Group, Role
 

@@ -1,0 +1,133 @@
+"""AdamW on float32 weights, whatever type the model computes in; the learning rate of each step.
+
+A weight in bfloat16 has 8 bits of mantissa: an update below 1/256 of it would be rounded away. So
+such weights have float32 masters, which are what is optimized; the model holds their roundings.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from language_self_play.config import Learner
+from language_self_play.extras import require
+
+MASTER = "master"
+
+
+def learning_rate(step: int, peak: float, settings: Learner, steps: int) -> float:
+    """The learning rate of `step`, a pure function of it: a warm-up, then the schedule.
+
+    With W warm-up steps of S and u = (step - W) / (S - W), the share of the rest that has passed:
+
+        step < W   peak · (step + 1) / (W + 1)
+        constant   peak
+        linear     peak · (1 - u)
+        cosine     peak · (1 + cos(π u)) / 2
+    """
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    passed = (step - warmup) / (steps - warmup)
+    match settings.schedule:
+        case "constant":
+            return peak
+        case "linear":
+            return peak * (1 - passed)
+        case "cosine":
+            return peak * (1 + math.cos(math.pi * passed)) / 2
+
+
+class Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) on the parameters of `model` that have gradients."""
+
+    def __init__(self, model: nn.Module, settings: Learner):
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.weights: dict[str, Tensor] = {}  # what is optimized, float32, by name
+        for name, parameter in self.parameters.items():
+            if parameter.dtype == torch.float32:
+                self.weights[name] = parameter
+                continue
+            self.weights[name] = master = parameter.detach().float().requires_grad_()
+            # As soon as a gradient is there it moves into the master's: two copies never exist.
+            parameter.register_post_accumulate_grad_hook(_accumulate_in(master))
+        self.adamw = _adamw(list(self.weights.values()), settings)
+
+    def zero_grad(self) -> None:
+        for weight in self.weights.values():
+            weight.grad = None
+
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradients to a norm of at most `max_norm`; returns the norm before."""
+        return nn.utils.clip_grad_norm_(self.weights.values(), max_norm).item()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One update of all weights with learning rate `lr`."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self._round()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything to go on from, by `NAME:WHAT`: AdamW's state and the masters."""
+        tensors = {}
+        for name, weight in self.weights.items():
+            state = {k: torch.as_tensor(v) for k, v in self.adamw.state.get(weight, {}).items()}
+            if weight is not self.parameters[name]:
+                state[MASTER] = weight
+            for what, value in state.items():
+                value = value.detach().cpu().contiguous()
+                # bitsandbytes shares its quantization maps; a safetensors file shares nothing.
+                tensors[f"{name}:{what}"] = value.clone() if what.startswith("qmap") else value
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        of_name: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, what = key.rsplit(":", 1)
+            of_name.setdefault(name, {})[what] = value
+        for name, state in of_name.items():
+            weight = self.weights[name]
+            if MASTER in state:
+                weight.copy_(state.pop(MASTER))
+            if state:
+                self.adamw.state[weight] = {k: self._placed(k, v) for k, v in state.items()}
+        self._round()
+
+    def _placed(self, what: str, value: Tensor) -> Any:
+        if what != "step":
+            return value.to(next(iter(self.weights.values())).device)
+        if not isinstance(self.adamw, torch.optim.AdamW):
+            return int(value)  # bitsandbytes counts in Python
+        # AdamW counts on the CPU, unless the count is read by a kernel.
+        fused = self.adamw.defaults["fused"]
+        return value.to(next(iter(self.weights.values())).device) if fused else value
+
+    def _round(self) -> None:
+        for name, weight in self.weights.items():
+            if weight is not self.parameters[name]:
+                self.parameters[name].data.copy_(weight)
+
+
+def _adamw(weights: list[Tensor], settings: Learner) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {"betas": settings.betas, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw_8bit":
+        bitsandbytes = require("bitsandbytes", "8bit", 'learner.optimizer = "adamw_8bit"')
+        return bitsandbytes.optim.AdamW8bit(weights, **options)
+    return torch.optim.AdamW(weights, fused=settings.optimizer == "adamw_fused", **options)
+
+
+def _accumulate_in(master: Tensor) -> Any:
+    def move(parameter: Tensor) -> None:
+        assert parameter.grad is not None, "called once a gradient is there"
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    return move

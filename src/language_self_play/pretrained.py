@@ -1,0 +1,181 @@
+"""Models as they lie in folders and on the hub: found, checked and loaded, safetensors only.
+
+A folder or hub id may hold a whole model (config.json) or a LoRA adapter (adapter_config.json), whose
+base is then found in the same way and the adapter merged into it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from language_self_play.errors import ConfigError, InputFileError, ModelError
+from language_self_play.extras import require
+
+BUILT_IN_MODEL = "arena"
+# Models without a stated context get one that no completion reaches.
+UNBOUNDED_CONTEXT = 1 << 30
+
+Loaded = TypeVar("Loaded")
+
+
+def load_model(
+    path: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The causal language model at `path`, in evaluation mode and without dropout.
+
+    The sampler's log-probs must be the trainer's, so no dropout is ever active, in training neither.
+    Raises ModelError, or ConfigError for an adapter without the library that reads it.
+    """
+    if (base := adapter_base(path)) is not None:
+        peft = require("peft", "lora", f"policy.path = {path!r} (an adapter)")
+        model = load_model(base, dtype, device, trust_remote_code)
+        adapted = read(path, lambda: peft.PeftModel.from_pretrained(model, path))
+        return adapted.merge_and_unload().eval()
+    found = resolve_model(path)
+    model = read(
+        path,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            found, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        ),
+    )
+    model.to(device)  # type: ignore[arg-type]  # transformers' stub
+    return without_dropout(model.eval())
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with every dropout probability 0, its config unchanged."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def load_model_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's own config, without its weights; of an adapter its base's. Raises ModelError."""
+    found = resolve_model(adapter_base(path) or path)
+    if adapter_base(found) is not None:
+        return load_model_config(found, trust_remote_code)
+    return read(
+        path, lambda: AutoConfig.from_pretrained(found, trust_remote_code=trust_remote_code)
+    )
+
+
+def empty_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without weights (on the meta device), to be counted. Raises ModelError."""
+    config = load_model_config(path, trust_remote_code)
+
+    def build() -> PreTrainedModel:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+    return read(path, build)
+
+
+def resolve_model(path: str) -> str:
+    """The folder or hub id to load from; `arena` is the built-in model. Raises ModelError."""
+    if path == BUILT_IN_MODEL:
+        return str(resources.files("language_self_play") / "arena" / "model")
+    folder = Path(path)
+    if folder.is_dir():
+        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+            return path
+        inside = folder / "model"
+        hint = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
+        raise ModelError(f"{path}: the folder holds no config.json, so it is no model{hint}")
+    if folder.exists():
+        raise ModelError(f"{path}: is a file; a model is a folder with config.json and safetensors")
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelError(f"{path}: no such folder")
+    return path
+
+
+def adapter_base(path: str) -> str | None:
+    """The model under the LoRA adapter at `path`; None if `path` is a whole model.
+
+    Raises ModelError for an adapter that doesn't say, or whose weights are not safetensors.
+    """
+    found = resolve_model(path)
+    folder = Path(found)
+    if folder.is_dir() and (folder / "config.json").is_file():
+        return None
+    file = read(path, lambda: transformers.utils.find_adapter_config_file(found))
+    if file is None:
+        return None
+    if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{path}: the adapter has no adapter_model.safetensors")
+    table = read(path, lambda: json.loads(Path(file).read_text("utf-8")))
+    base = table.get("base_model_name_or_path") if isinstance(table, dict) else None
+    if not isinstance(base, str) or not base or base == path:
+        raise ModelError(f"{path}: adapter_config.json names no base_model_name_or_path")
+    return base
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA, else MPS, else CPU. Raises ConfigError for a device that isn't here."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"device = {name!r}: can't be used here: {reason}") from None
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a CUDA device that has it in hardware, else float32."""
+    if name == "auto":
+        capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if capable else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Most tokens of prompt and completion together; UNBOUNDED_CONTEXT if the model states none."""
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return stated or UNBOUNDED_CONTEXT
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many tokens have an embedding: at least as many as the tokenizer knows."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
+
+
+def announce_hub(path: str) -> None:
+    """Say that the hub is asked for `path`: a mistyped folder name looks like a hub id."""
+    if not Path(path).is_dir():
+        print(f"{path}: no folder of that name here, so the hub is asked", file=sys.stderr)
+
+
+def read(path: str, load: Callable[[], Loaded]) -> Loaded:
+    """Call a loader of `policy.path`; whatever it raises becomes one sentence, a ModelError."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return load()
+    except (InputFileError, ModelError):
+        raise
+    except Exception as error:
+        # Loaders raise errors of many kinds (OSError, ValueError, KeyError, safetensors' own).
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2]) if lines else type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it needs Python code of its authors; policy.trust_remote_code = true runs it"
+        raise ModelError(f"policy.path = {path!r}: can't be loaded: {reason}") from None
