@@ -69,7 +69,7 @@ def test_each_known_column_is_found_without_being_named(load, column):
 
 
 def test_of_several_known_columns_the_first_of_the_documented_order_is_read(load):
-    row = {"messages": "5", "instruction": "4", "question": "3", "prompt": "2", "query": "1"}
+    row = {"messages": "5", "instruction": "4", "question": "3", "query": "2", "prompt": "1"}
     found = []
     while row:
         [question] = load(lines(row))
@@ -80,7 +80,7 @@ def test_of_several_known_columns_the_first_of_the_documented_order_is_read(load
 
 def test_alpacas_input_stands_below_its_instruction_after_an_empty_line(load):
     rows = [
-        {"instruction": "Add.", "input": "1, 2", "output": "3", "prompt": "unread"},
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
         {"instruction": "Say hi.", "input": "", "output": "hi"},
         {"instruction": "Say ho.", "input": None, "output": "ho"},
         {"instruction": "Say no.", "output": "no"},
@@ -157,40 +157,37 @@ def test_list_of_unit_tests_runs_as_a_program(load):
     [
         ('{"prompt": "1+1"}\n\n{"prompt": \n', "q.jsonl:3: not a JSON object: Expecting value"),
         ("1+1\nreverse ab\n", "q.jsonl:1: not a JSON object: Extra data"),
-        ('["1+1"]\n', "q.jsonl:1: not a JSON object but list ['1+1']"),
-        ('{"prompt": "1"}\nnull\n', "q.jsonl:2: not a JSON object but NoneType None"),
+        ('["1+1"]\n', "q.jsonl:1: not a JSON object"),
+        ('{"prompt": "1"}\nnull\n', "q.jsonl:2: not a JSON object"),
         ('{"prompt": ' + "9" * 5000 + "}", "q.jsonl:1: not a JSON object: Exceeds the limit"),
         ("[" * 200_000, "q.jsonl:1: not a JSON object: "),
         (
-            '{"prompt": "1+1"}\n{"query": "2", "id": 3}\n',
-            "q.jsonl:2: has no column 'prompt', but 'query', 'id'",
+            '{"prompt": "1+1"}\n{"text": "2", "id": 3}\n',
+            "q.jsonl:2: has none of prompt, query, question, instruction, messages, its columns are"
+            " text, id; data.column names the query's",
         ),
-        (
-            '{"text": "1+1", "n": 1}\n',
-            "q.jsonl:1: has no column that is known to hold queries, but 'text', 'n';"
-            " data.column names the one that does",
-        ),
-        ("{}\n", "q.jsonl:1: has no column that is known to hold queries, but none at all"),
-        ('{"prompt": 3}\n', "q.jsonl:1: column 'prompt' holds int 3; a query is a text or a list"),
-        ('{"prompt": null}\n', "q.jsonl:1: column 'prompt' holds NoneType None; a query is"),
-        ('{"prompt": "1"}\n{"prompt": " "}\n', "q.jsonl:2: the query in column 'prompt' is empty"),
-        ('{"messages": []}', "q.jsonl:1: column 'messages' holds a list without a message"),
+        ("{}\n", "q.jsonl:1: has none of prompt, "),
+        ('{"prompt": 3}\n', "q.jsonl:1: has no text in column 'prompt'"),
+        ('{"prompt": null}\n', "q.jsonl:1: has no text in column 'prompt'"),
+        ('{"prompt": "1"}\n{"prompt": " "}\n', "q.jsonl:2: has no text in column 'prompt'"),
+        ('{"messages": []}', "q.jsonl:1: has no text in column 'messages'"),
         (
             '{"messages": [{"role": "assistant", "content": "2"}, "user"]}',
-            "q.jsonl:1: column 'messages' holds a list without a message",
+            "q.jsonl:1: has no text in column 'messages'",
         ),
         (
             '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
-            "q.jsonl:1: column 'messages' holds list [{'type': 'image'}]; a query is",
+            "q.jsonl:1: has no text in column 'messages'",
         ),
-        (
-            '{"instruction": "Add.", "input": 3}',
-            "q.jsonl:1: column 'input' holds int 3, not a text",
-        ),
+        ('{"instruction": "Add.", "input": 3}', "q.jsonl:1: column 'input' holds 3, which is not"),
         ('{"prompt": "a\\ud800"}', "q.jsonl:1: column 'prompt' holds half a character"),
+        (
+            '{"instruction": "Add.", "input": "a\\ud800"}',
+            "q.jsonl:1: column 'instruction' holds half a character",
+        ),
         ("", "q.jsonl: holds no queries to learn from"),
         (" \n\n", "q.jsonl: holds no queries to learn from"),
-        (b"\xff\xfe\x00", "q.jsonl: not a text file in UTF-8"),
+        (b"\xff\xfe\x00", "data.path = 'q.jsonl': not a text file in UTF-8"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(load, content, sentence):
@@ -203,10 +200,10 @@ def test_a_bad_line_is_named_by_file_and_number(load, content, sentence):
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        ("null", "q.jsonl:2: has no key in column 'a' (data.answer_column)"),
-        ("[]", "q.jsonl:2: has no key in column 'a' (data.answer_column)"),
-        ("NaN", "q.jsonl:2: has no key in column 'a' (data.answer_column)"),
-        ('" "', "q.jsonl:2: the key in column 'a' is empty"),
+        ("null", "q.jsonl:2: has no key in column 'a', its columns are prompt, a; data.ans"),
+        ("[]", "q.jsonl:2: has no key in column 'a', its columns are prompt, a; data.ans"),
+        ("NaN", "q.jsonl:2: has no key in column 'a', its columns are prompt, a; data.ans"),
+        ('" "', "q.jsonl:2: has no key in column 'a', its columns are prompt, a; data.ans"),
         ('"\\udc00"', "q.jsonl:2: column 'a' holds half a character"),
     ],
 )
@@ -214,17 +211,29 @@ def test_a_row_without_a_key_is_named_when_keys_are_asked_for(load, answer, sent
     with pytest.raises(InputFileError) as refused:
         load(f'{{"prompt": "1", "a": 1}}\n{{"prompt": "2", "a": {answer}}}', answer_column="a")
     assert str(refused.value).startswith(sentence)
-    with pytest.raises(InputFileError, match="^q.jsonl:2: has no key in column 'a'"):
+    with pytest.raises(InputFileError, match=r"^q\.jsonl:2: has no key in column 'a'"):
         load('{"prompt": "1", "a": 1}\n{"prompt": "2"}', answer_column="a")
 
 
-@pytest.mark.parametrize("field", ["column", "answer_column"])
-def test_a_column_that_is_not_there_is_named_with_those_that_are(load, field):
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        (
+            "column",
+            "q.jsonl:1: has no column 'gold', its columns are prompt, answer; data.column names the"
+            " query's",
+        ),
+        (
+            "answer_column",
+            "q.jsonl:1: has no key in column 'gold', its columns are prompt, answer;"
+            " data.answer_column names it",
+        ),
+    ],
+)
+def test_a_column_that_is_not_there_is_named_with_those_that_are(load, field, sentence):
     with pytest.raises(InputFileError) as refused:
         load(lines({"prompt": "1+1", "answer": "2"}), **{field: "gold"})
-    assert str(refused.value) == (
-        f"q.jsonl:1: has no column 'gold', which data.{field} names, but 'prompt', 'answer'"
-    )
+    assert str(refused.value) == sentence
 
 
 @pytest.mark.parametrize(("field", "value"), [("subset", "main"), ("split", "test")])
@@ -232,7 +241,7 @@ def test_settings_that_a_jsonl_file_has_no_use_for_are_refused(load, field, valu
     with pytest.raises(InputFileError) as refused:
         load(lines({"prompt": "1+1"}), **{field: value})
     assert str(refused.value) == (
-        f"data.{field} = {value!r}: q.jsonl is a JSONL file, which has no {field}s; leave it out"
+        f"data.{field} = {value!r}: q.jsonl is a JSON file, which has no {field}s; leave it out"
     )
 
 
@@ -241,7 +250,7 @@ def test_evaluation_questions_are_left_out(tmp_path):
     file.write_text(lines({"prompt": "1+1"}, {"prompt": "2+2"}))
     section = Data(path=str(file))
     assert load_queries(section, lambda query: query == "1+1") == [("2+2", None)]
-    with pytest.raises(InputFileError, match="all 2 are evaluation questions"):
+    with pytest.raises(InputFileError, match="holds no queries to learn from"):
         load_queries(section, lambda query: True)
 
 
@@ -280,25 +289,53 @@ def test_what_save_to_disk_wrote_is_read(datasets):
     assert load_queries(Data(path="one")) == [("1+1", None)]
     assert load_queries(Data(path="two", split="test")) == [("1+1", None)]
     assert refusal(path="two", split="dev") == (
-        "data.split = 'dev': two has no such split, but 'train', 'test'"
+        "data.split = 'dev': two has no such split; it has train, test"
     )
     assert refusal(path="one", split="test").startswith("data.split = 'test': one is a single")
-    assert refusal(path="one", subset="main").startswith("data.subset = 'main': one is a saved")
+    assert refusal(path="one", subset="main").startswith(
+        "data.subset = 'main': one is a saved data set"
+    )
 
 
-def test_json_arrays_and_compressed_lines_are_read(datasets):
+def test_json_arrays_and_compressed_lines_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     chat = [{"role": "user", "content": "1+1"}]
     Path("q.json").write_text(json.dumps([{"messages": chat, "key": {"a": 1}}]))
     assert load_queries(Data(path="q.json", answer_column="key")) == [("1+1", '{"a": 1}')]
     with gzip.open("q.jsonl.gz", "wt") as file:
         file.write(lines({"prompt": "2+2"}))
     assert load_queries(Data(path="q.jsonl.gz")) == [("2+2", None)]
+    Path("lines.json").write_text(lines({"prompt": "3+3"}))
+    assert load_queries(Data(path="lines.json")) == [("3+3", None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("q.json", b"[1,2", "q.json: not a JSON array of objects: "),
+        ("q.json", b'[{"prompt": "1"}, 2]', "q.json, row 2: not a JSON object"),
+        ("q.json", b"", "q.json: holds no queries to learn from"),
+        ("q.json", b"[]", "q.json: holds no queries to learn from"),
+        ("q.jsonl.gz", b"no gzip", "q.jsonl.gz: can't be unpacked (Not a gzipped file"),
+        ("q.jsonl.gz", gzip.compress(b"\xff"), "q.jsonl.gz: can't be unpacked ('utf-8' codec"),
+        ("q.jsonl.gz", gzip.compress(b"x" * 99)[:-9], "q.jsonl.gz: can't be unpacked (Compressed"),
+    ],
+)
+def test_a_bad_json_or_gz_file_is_refused_by_name(name, content, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(content)
+    assert refusal(path=name).startswith(sentence)
+
+
+def test_tabs_separate_the_columns_of_a_tsv_file(datasets):
+    Path("q.tsv").write_text("prompt\tn\n1, 2\t3\n")
+    assert load_queries(Data(path="q.tsv", answer_column="n")) == [("1, 2", "3")]
 
 
 def test_a_bad_row_of_a_data_set_is_named_by_its_number(datasets):
     Path("q.csv").write_text("prompt,n\n1+1,2\n,3\n")
-    assert refusal(path="q.csv").startswith("q.csv, row 2: column 'prompt' holds NoneType None")
-    assert refusal(path="q.csv", column="n").startswith("q.csv, row 1: column 'n' holds int 2;")
+    assert refusal(path="q.csv").startswith("q.csv, row 2: has no text in column 'prompt'")
+    assert refusal(path="q.csv", column="n").startswith("q.csv, row 1: has no text in column 'n'")
     Path("k.csv").write_text("prompt,n\n1+1,2\n2+2,\n")
     assert refusal(path="k.csv", answer_column="n").startswith("k.csv, row 2: has no key in")
     dated = datasets.Dataset.from_pandas(
@@ -306,31 +343,36 @@ def test_a_bad_row_of_a_data_set_is_named_by_its_number(datasets):
     ).cast_column("t", datasets.Value("timestamp[s]"))
     dated.to_parquet("t.parquet")
     assert refusal(path="t.parquet", answer_column="t").startswith(
-        "t.parquet, row 1: column 't' holds datetime datetime.datetime(2026, 1, 1, 0, 0); a key is"
+        "t.parquet, row 1: column 't' holds a datetime; a key is"
     )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "settings", "sentence"),
     [
-        ("e.csv", "", {}, "data.path = 'e.csv': datasets can't load split 'train': No columns"),
-        ("h.csv", "prompt\n", {}, "h.csv: holds no queries to learn from"),
-        ("e.parquet", "", {}, "data.path = 'e.parquet': datasets can't load split 'train': "),
-        ("e.json", "[1,2", {}, "data.path = 'e.json': datasets can't load split 'train': "),
+        ("e.csv", "", {}, "data.path = 'e.csv': can't be read: No columns"),
+        ("h.csv", "prompt\n", {}, "data.path = 'h.csv': can't be read: "),
+        ("e.parquet", "", {}, "data.path = 'e.parquet': can't be read: "),
         (
             "s.csv",
             "prompt\n1\n",
             {"split": "dev"},
-            "data.path = 's.csv': datasets can't load split 'dev': Unknown split",
+            "data.path = 's.csv': can't be read: Unknown split",
         ),
         ("s.csv", "prompt\n1\n", {"subset": "main"}, "data.subset = 'main': s.csv is a file,"),
         (
             "c.csv",
             "text,label\nx,y\n",
             {},
-            "c.csv: has no column that is known to hold queries, but 'text', 'label';",
+            "c.csv, row 1: has none of prompt, query, question, instruction, messages, its columns"
+            " are text, label;",
         ),
-        ("c.csv", "prompt\nx\n", {"answer_column": "a"}, "c.csv: has no column 'a', which data.a"),
+        (
+            "c.csv",
+            "prompt\nx\n",
+            {"answer_column": "a"},
+            "c.csv, row 1: has no key in column 'a', ",
+        ),
     ],
 )
 def test_a_bad_file_is_refused_in_one_sentence(datasets, name, content, settings, sentence):
@@ -340,7 +382,9 @@ def test_a_bad_file_is_refused_in_one_sentence(datasets, name, content, settings
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("path", ["no.jsonl", "no.csv", "no.json.gz", "./no", "../no/a/b", "no/"])
+@pytest.mark.parametrize(
+    "path", ["no.jsonl", "no.csv", "no.json.gz", "no.tsv", "./no", "../no/a/b", "no/"]
+)
 def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "no such file" in refusal(path=path)
@@ -348,12 +392,9 @@ def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(path, tmp_path, m
 
 def test_an_empty_folder_and_an_unreachable_hub_are_refused(datasets):
     Path("nothing").mkdir()
-    assert refusal(path="nothing").startswith(
-        "data.path = 'nothing': datasets can't load split 'train': "
-    )
+    assert refusal(path="nothing").startswith("data.path = 'nothing': can't be read: ")
     assert refusal(path="nobody/nothing").startswith(
-        "data.path = 'nobody/nothing': no file or folder of that name is here, and datasets can't"
-        " load split 'train': Couldn't reach 'nobody/nothing'"
+        "data.path = 'nobody/nothing': can't be read: Couldn't reach 'nobody/nothing' on the Hub"
     )
 
 
@@ -370,7 +411,7 @@ def test_jsonl_needs_no_library(tmp_path):
     code = (
         "import sys; from language_self_play.data import load_queries;"
         "from language_self_play.config import Data; print(load_queries(Data(path='q.jsonl')));"
-        "print({'datasets', 'pyarrow', 'torch'} & set(sys.modules))"
+        "print({'datasets', 'pyarrow', 'pandas'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout == "[Question(query='1+1', key=None)]\nset()\n", run.stderr
@@ -401,7 +442,7 @@ def test_alpacas_seed_tasks_are_read_in_alpacas_format(test_data, load):
     assert sum("\n\n" in q.query for q in questions) >= 100
 
 
-def test_humaneval_is_read_compressed_and_its_tests_are_the_keys(test_data, datasets):
+def test_humaneval_is_read_compressed_and_its_tests_are_the_keys(test_data):
     path = str(test_data / "data" / "humaneval" / "HumanEval.jsonl.gz")
     questions = load_queries(Data(path=path, answer_column="test"))
     assert len(questions) == 164

@@ -34,7 +34,7 @@ ROOMS = [
             "cli.overrides",
         ],
     ),
-    ("what a run would take", ["plan"]),
+    ("what a run would take", ["plan", "memory"]),
     ("Algorithm 1, which joins the rooms", ["train"]),
     (
         "measuring and reporting",
@@ -89,6 +89,7 @@ BESIDE = {
     "rewards.self_reward": {"rewards"},
     "rewards.verifier": {"rewards", "rewards.mathematics", "rewards.sandbox"},
     "sampling.transformers": {"sampling"},
+    "plan": {"memory"},
     "learner": {"forward", "optimizer", "packing", "policy"},
     "forward": {"packing", "pretrained"},
     "policy": {"chat", "pretrained"},
@@ -111,6 +112,7 @@ LIBRARIES = {
     "transformers": {
         "chat",
         "forward",
+        "memory",
         "policy",
         "pretrained",
         "rewards.self_reward",
@@ -127,6 +129,7 @@ LIBRARIES = {
         "learner",
         "logprobs",
         "losses",
+        "memory",
         "metrics",
         "optimizer",
         "packing",

@@ -148,14 +148,25 @@ def settings(make_config: Callable[..., Config]) -> Callable[..., Config]:
 
 def step(match: Match, config: Config, alpha: float = ALPHA) -> tuple[StepResult, Tensor]:
     """(what the step measured, its gradient). It is taken on a copy of the policy."""
-    policy = Policy(copy.deepcopy(match.model), match.policy.chat, match.reference)
-    result = Learner(policy, config).step(match.solved, match.posed, alpha)
-    return result, gradient(policy)
+    learner = WatchedLearner(
+        Policy(copy.deepcopy(match.model), match.policy.chat, match.reference), config
+    )
+    return learner.step(match.solved, match.posed, alpha), learner.gradient
 
 
-def gradient(policy: Policy) -> Tensor:
-    parameters = policy.model.parameters()
-    return flat(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
+class WatchedLearner(Learner):
+    """Keeps the gradient that its last step took, in one vector."""
+
+    def __init__(self, policy: Policy, config: Config):
+        super().__init__(policy, config)
+        self.gradient = torch.empty(0)
+        self.optimizer.adamw.register_step_pre_hook(self.keep)
+
+    def keep(self, *_: Any) -> None:
+        parameters = self.optimizer.weights.values()
+        self.gradient = flat(
+            torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters
+        )
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -339,20 +350,21 @@ def test_a_loss_that_is_not_finite_changes_no_weight(match, settings, bad):
 
 def test_a_step_after_a_failed_one_starts_from_clean_gradients(match, settings):
     expected = match.gradient_of(match.naive_loss(match.solved, SOLVER_BETA))
-    learner = Learner(match.policy, settings())
+    learner = WatchedLearner(match.policy, settings())
     good = match.solved.advantages.clone()
     match.solved.advantages[0, 0] = math.nan
     with pytest.raises(NonFiniteError):
         learner.step(match.solved, None, ALPHA)
     match.solved.advantages = good
     learner.step(match.solved, None, ALPHA)
-    assert_same_gradient(gradient(match.policy), expected)
+    assert_same_gradient(learner.gradient, expected)
 
 
 def test_adamw_moves_each_weight_against_its_gradient(match, settings):
     before = weights_of(match.model)
-    Learner(match.policy, settings(lr=1e-3)).step(match.solved, match.posed, ALPHA)
-    slope, moved = gradient(match.policy), weights_of(match.model) - before
+    learner = WatchedLearner(match.policy, settings(lr=1e-3))
+    learner.step(match.solved, match.posed, ALPHA)
+    slope, moved = learner.gradient, weights_of(match.model) - before
     # AdamW's first step is -lr · g / (|g| + 1e-8).
     clear = slope.abs() > 1e-4
     assert clear.sum() > 1_000
@@ -388,6 +400,11 @@ def test_gradients_are_clipped_to_their_norm(match, settings):
     assert_close(clipped / clipped.norm(), unclipped / unclipped.norm(), rtol=1e-4, atol=1e-7)
     # The record is of the gradient before clipping.
     assert clipped_result.grad_norm == pytest.approx(result.grad_norm, rel=1e-5)
+
+
+def test_gradients_take_no_memory_after_the_step(match, settings):
+    Learner(match.policy, settings()).step(match.solved, match.posed, ALPHA)
+    assert [p for p in match.model.parameters() if p.grad is not None] == []
 
 
 def test_the_reference_is_never_trained(match, settings):

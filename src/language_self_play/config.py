@@ -374,8 +374,8 @@ class Data(Section):
     split: str = Field("train", description="Split of a data set with several.")
     column: str | None = Field(
         None,
-        description="Column that holds the query; by default `prompt`, `query`, `question`, or"
-        " Alpaca's `instruction` with its `input`.",
+        description="Column that holds the query; by default the first of `prompt`, `query`,"
+        " `question`, `instruction` (with Alpaca's `input`) and `messages`.",
     )
     answer_column: str | None = Field(
         None, description="Column that holds the key by which a verifier checks answers."

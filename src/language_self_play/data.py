@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from importlib import resources
@@ -24,6 +26,7 @@ BUILT_IN_QUERIES = "arena"
 # The first of these that a row has is its query; Alpaca's `instruction` is joined with its `input`.
 QUERY_COLUMNS = ("prompt", "query", "question", "instruction", "messages")
 TABLE_BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*(/\w[\w.-]*)?")
 
 
 class Question(NamedTuple):
@@ -74,18 +77,33 @@ def _rows(section: Data) -> Iterator[tuple[str, Any]]:
     """(where it stands, the row) of every row."""
     path = Path(str(section.path))
     if section.path == BUILT_IN_QUERIES:
-        path = Path(str(resources.files("language_self_play"))) / "arena" / "human_queries.jsonl"
-    names_table = path.is_dir() or path.suffix in TABLE_BUILDERS or _may_be_hub_id(path)
+        folder = Path(str(resources.files("language_self_play")))
+        return _rows_of_lines(folder / "arena" / "human_queries.jsonl")
+    names_table = path.is_dir() or path.suffix in TABLE_BUILDERS or _may_be_hub_id(section)
     if names_table:
         return _rows_of_table(section)
+    _refuse(section, "subset", "split", what="a JSON file")
     if path.suffix == ".json":
         return _rows_of_array(path)
     return _rows_of_lines(path)
 
 
-def _may_be_hub_id(path: Path) -> bool:
-    """`owner/name` or `name`, without an ending, and no such file here."""
-    return not path.exists() and not path.is_absolute() and not path.suffix and path.name != ".."
+def _may_be_hub_id(section: Data) -> bool:
+    """`owner/name` or `name`, not that of a JSON file, and no such file here."""
+    path = Path(str(section.path))
+    is_json = path.suffix in (".json", ".jsonl", ".gz")
+    return not path.exists() and not is_json and bool(HUB_ID.fullmatch(str(section.path)))
+
+
+def _refuse(section: Data, *fields: str, what: str) -> None:
+    """Raise InputFileError for a setting that has no effect on what `section.path` names."""
+    for field in fields:
+        value = getattr(section, field)
+        if value != Data.model_fields[field].default:
+            raise InputFileError(
+                f"data.{field} = {value!r}: {section.path} is {what}, which has no {field}s;"
+                " leave it out"
+            )
 
 
 def _rows_of_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -93,8 +111,8 @@ def _rows_of_lines(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = getattr(error, "msg", "nested too deeply")
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", error)
                 raise InputFileError(f"{path}:{number}: not a JSON object: {reason}") from None
 
 
@@ -106,7 +124,7 @@ def _rows_of_array(path: Path) -> Iterator[tuple[str, Any]]:
         return
     try:
         rows = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputFileError(f"{path}: not a JSON array of objects: {error}") from None
     for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", row
@@ -114,9 +132,9 @@ def _rows_of_array(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _text(path: Path) -> str:
     if path.suffix != ".gz":
-        return read_text(path, "data.path")
+        return read_text(path, "data.path").removeprefix("\ufeff")
     try:
-        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as stream:
+        with gzip.open(path, "rt", encoding="utf-8-sig", newline="\n") as stream:
             return stream.read()
     except FileNotFoundError:
         raise InputFileError(f"data.path = {str(path)!r}: no such file") from None
@@ -130,24 +148,52 @@ def _rows_of_table(section: Data) -> Iterator[tuple[str, Any]]:
     datasets = require("datasets", "data", f"data.path = {path!r}")
     datasets.disable_progress_bars()
     options: dict[str, Any] = {}
-    if builder := TABLE_BUILDERS.get(Path(path).suffix):
+    if builder := _table_builder(section):
         options = {"sep": "\t"} if path.endswith(".tsv") else {}
         options |= {"path": builder, "data_files": path}
     try:
         if Path(path, "dataset_info.json").exists() or Path(path, "dataset_dict.json").exists():
-            table = datasets.load_from_disk(path)
-            table = table[section.split] if isinstance(table, datasets.DatasetDict) else table
+            table = _saved_split(section, datasets.load_from_disk(path))
         else:
             table = datasets.load_dataset(
                 **({"path": path, "name": section.subset} | options), split=section.split
             )
+    except InputFileError:
+        raise
     except Exception as error:
         # Readers of many formats, and the hub's client, raise errors of many kinds.
+        while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # what `datasets` wraps says what is wrong
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0].rstrip(".") if lines else type(error).__name__
         raise InputFileError(f"data.path = {path!r}: can't be read: {reason}") from None
     for number, row in enumerate(table, 1):
         yield f"{path}, row {number}", row
+
+
+def _table_builder(section: Data) -> str | None:
+    """What `datasets` calls the file's format, None for folders and the hub. Raises InputFileError."""
+    path = Path(str(section.path))
+    builder = None if path.is_dir() else TABLE_BUILDERS.get(path.suffix)
+    if builder and not path.exists():
+        raise InputFileError(f"data.path = {section.path!r}: no such file")
+    if builder:
+        _refuse(section, "subset", what="a file")
+    return builder
+
+
+def _saved_split(section: Data, saved: Any) -> Any:
+    """The split of what `save_to_disk` wrote: one table, or several by name."""
+    _refuse(section, "subset", what="a saved data set")
+    if not isinstance(saved, dict):
+        _refuse(section, "split", what="a single saved data set")
+        return saved
+    if section.split not in saved:
+        raise InputFileError(
+            f"data.split = {section.split!r}: {section.path} has no such split; it has"
+            f" {', '.join(saved)}"
+        )
+    return saved[section.split]
 
 
 # ---------------------------------------------------------------- what a row says
@@ -169,17 +215,56 @@ def _question(row: Any, place: str, section: Data) -> Question:
         raise InputFileError(
             f"{place}: has no text in column {name!r}; data.column names the column"
         )
-    if section.column is None and name == "instruction" and _query_text(row.get("input")):
-        query = f"{query}\n\n{row['input']}"  # Alpaca's format
+    if section.column is None and name == "instruction":
+        query += _alpaca_input(row.get("input"), place)
+    _refuse_half_characters(query, name, place)
     if section.answer_column is None:
         return Question(query)
-    key = row.get(section.answer_column)
-    if key is None or key == "":
+    key = _key_text(row.get(section.answer_column), section.answer_column, place)
+    if key is None:
         raise InputFileError(
             f"{place}: has no key in column {section.answer_column!r}, its columns are {columns};"
             " data.answer_column names it"
         )
-    return Question(query, key if isinstance(key, str) else json.dumps(key, ensure_ascii=False))
+    _refuse_half_characters(key, section.answer_column, place)
+    return Question(query, key)
+
+
+def _alpaca_input(value: Any, place: str) -> str:
+    """What Alpaca's format adds to an instruction: an empty line and the input, or nothing."""
+    if value is None or value == "":
+        return ""
+    if not isinstance(value, str):
+        raise InputFileError(f"{place}: column 'input' holds {value!r}, which is not a text")
+    return f"\n\n{value}" if value.strip() else ""
+
+
+def _key_text(value: Any, column: str, place: str) -> str | None:
+    """A text as it is, a list of texts as its lines, anything else as JSON; None for nothing."""
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        # Unit tests, as in MBPP: as JSON they would be a program that tests nothing.
+        value = "\n".join(value)
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if isinstance(value, str):
+        return value if value.strip() else None
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        raise InputFileError(
+            f"{place}: column {column!r} holds a {type(value).__name__}; a key is a text, a number,"
+            " or made of lists and tables of them"
+        ) from None
+
+
+def _refuse_half_characters(text: str, column: str, place: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputFileError(
+            f"{place}: column {column!r} holds half a character (a lone surrogate), which no"
+            " tokenizer reads"
+        ) from None
 
 
 def _query_text(value: Any) -> str | None:

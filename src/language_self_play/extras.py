@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import Any
 
@@ -10,6 +11,8 @@ from language_self_play.errors import ConfigError
 
 def require(module: str, extra: str, setting: str) -> Any:
     """Import `module` for `setting`. Raises ConfigError that names the extra to install."""
+    # PEFT brings bitsandbytes along, which warns of a kernel for 4 bits that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

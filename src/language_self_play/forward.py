@@ -86,21 +86,30 @@ def completion_logprobs(
     """log softmax(logits / τ) of every completion token, shape (B, K, T); 0 where masked."""
     if not batch.mask_BKT.any():
         return torch.zeros(batch.mask_BKT.shape, device=batch.mask_BKT.device)
-    head = path.separate_head
-    before = _shared_states if path.shared_prompt else _whole_states
-    states_BKTH = before(model, batch, head)
-    states, tokens = states_BKTH[batch.mask_BKT], batch.completions_BKT[batch.mask_BKT]
-    if head:
-        logprobs = _logprobs_of_states(model, states, tokens, temperature)
+    before = states(model, batch, path)[batch.mask_BKT]
+    tokens = batch.completions_BKT[batch.mask_BKT]
+    if path.separate_head:
+        logprobs = _logprobs_of_states(model, before, tokens, temperature)
     else:
-        logprobs = token_logprobs(states, tokens, temperature)
+        logprobs = token_logprobs(before, tokens, temperature)
     return torch.zeros(batch.mask_BKT.shape, device=logprobs.device).masked_scatter(
         batch.mask_BKT, logprobs
     )
 
 
+def states(model: PreTrainedModel, batch: MicroBatch, path: ForwardPath) -> Tensor:
+    """What each completion token is predicted from, (B, K, T, ·): hidden states, or else logits."""
+    compute = _shared_states if path.shared_prompt else _whole_states
+    return compute(model, batch, path.separate_head)
+
+
+def logits_rows(vocabulary: int) -> int:
+    """How many tokens' logits exist at once."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
+
+
 def _shared_states(model: PreTrainedModel, batch: MicroBatch, hidden: bool) -> Tensor:
-    """What each completion token is predicted from, (B, K, T, ·): the prompt goes through once."""
+    """The prompt goes through once, and its keys and values are repeated."""
     B, K, T = batch.completions_BKT.shape
     cache = DynamicCache(config=model.config)
     first = _states(
@@ -136,7 +145,7 @@ def _shared_states(model: PreTrainedModel, batch: MicroBatch, hidden: bool) -> T
 
 
 def _whole_states(model: PreTrainedModel, batch: MicroBatch, hidden: bool) -> Tensor:
-    """The same from whole sequences: the prompt goes through once for each of its completions."""
+    """Whole sequences: the prompt goes through once for each of its completions."""
     B, K, T = batch.completions_BKT.shape
     tokens = torch.cat(
         [batch.prompts_BP.repeat_interleave(K, 0), batch.completions_BKT.flatten(0, 1)], 1
@@ -144,7 +153,7 @@ def _whole_states(model: PreTrainedModel, batch: MicroBatch, hidden: bool) -> Te
     mask = torch.cat(
         [batch.prompt_mask_BP.repeat_interleave(K, 0), batch.mask_BKT.flatten(0, 1).long()], 1
     )
-    states = _states(
+    return _states(
         model,
         hidden,
         input_ids=tokens[:, :-1],
@@ -152,8 +161,7 @@ def _whole_states(model: PreTrainedModel, batch: MicroBatch, hidden: bool) -> Te
         position_ids=((mask.cumsum(-1) - 1) * mask).clamp_min(0)[:, :-1],
         use_cache=False,
         keep=T,
-    )
-    return states.view(B, K, T, -1)
+    ).view(B, K, T, -1)
 
 
 def _states(model: PreTrainedModel, hidden: bool, keep: int = 0, **inputs: Any) -> Tensor:
@@ -171,7 +179,7 @@ def _logprobs_of_states(
     def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
         return token_logprobs(_head(model, states), tokens, temperature)
 
-    rows = max(1, LOGITS_AT_ONCE // vocabulary_size(model))
+    rows = logits_rows(vocabulary_size(model))
     if len(tokens_M) <= rows:
         return logprobs(states_MH, tokens_M)
     pieces = zip(states_MH.split(rows), tokens_M.split(rows), strict=True)

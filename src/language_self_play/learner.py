@@ -61,6 +61,7 @@ class Learner:
                 " was not made. A lower learner.lr or a larger beta usually helps"
             )
         self.optimizer.step(result.learning_rate)
+        self.optimizer.zero_grad()  # nothing needs their memory while the next step is played
         return result
 
     def _backward(self, groups: Groups, weight: float, beta: float, result: StepResult) -> None:

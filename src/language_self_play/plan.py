@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from language_self_play.config import Config
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from language_self_play.memory import MemoryEstimate, Turn
+
 BYTES_PER_GIB = 2**30
-FLOAT32_BYTES = 4
+# Of a data set, only the longest texts are tokenized to find its longest prompt.
+LONGEST_TEXTS = 100
 
 
 def print_plan(config: Config) -> None:
@@ -16,83 +24,89 @@ def print_plan(config: Config) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from language_self_play.memory import memory_estimate
+
     console = Console()
+    turns = longest_turns(config)
     table = Table(title="One step", title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
-    for name, value in batch_arithmetic(config).items():
+    for name, value in batch_arithmetic(config, turns).items():
         table.add_row(name, f"{value:,}")
     console.print(table)
-    memory = Table(title="Memory, estimated", title_justify="left")
-    memory.add_column("part")
-    memory.add_column("GiB", justify="right")
-    estimate = memory_estimate(config)
-    for name, size in estimate.items():
-        memory.add_row(name, f"{size / BYTES_PER_GIB:.3f}")
-    memory.add_row("sum", f"{sum(estimate.values()) / BYTES_PER_GIB:.3f}", style="bold")
-    console.print(memory)
+    console.print(_memory_table(memory_estimate(config, list(turns.values()))))
     console.print("No weights were loaded. Run it without --dry-run to play.")
 
 
-def batch_arithmetic(config: Config) -> dict[str, int]:
-    """Sequences, and at most how many tokens and micro-batches, of one step; the number of steps.
+def _memory_table(estimate: MemoryEstimate) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"Memory of {estimate.device}, at most", title_justify="left")
+    table.add_column("when")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    phases = {
+        "always": estimate.always,
+        "sampling": estimate.sampling,
+        "learning": estimate.learning,
+    }
+    for when, parts in phases.items():
+        for name, size in parts.items():
+            if size:
+                table.add_row(when, name, f"{size / BYTES_PER_GIB:.3f}")
+        table.add_section()
+    peak = f"{estimate.peak / BYTES_PER_GIB:.3f}"
+    table.add_row("peak", "always, and the larger of the others", peak, style="bold")
+    return table
+
+
+def longest_turns(config: Config) -> dict[str, Turn]:
+    """The longest turn that each role can play.
 
     Raises what a run would raise before it loads weights.
     """
     from language_self_play.chat import load_chat
+    from language_self_play.memory import Turn
     from language_self_play.train import challenger_prompts, check_without_weights
 
-    check_without_weights(config)
+    _, reward, questions = check_without_weights(config)
+    reward.close()
     chat = load_chat(config.policy)
     N, G = config.challenger.num_queries, config.solver.group_size
-    frame = len(chat.encode("", config.solver.system_prompt))
-    query = frame + config.challenger.max_tokens
-    tokens, micro_batches = _learned(config, N, query, G, config.solver.max_tokens)
+    if config.algorithm == "grpo":
+        texts = sorted((q.query for q in questions), key=len)[-LONGEST_TEXTS:]
+        prompt = max(len(chat.encode(text, config.solver.system_prompt)) for text in texts)
+        return {"solver": Turn(N, prompt, G, config.solver.max_tokens)}
+    prompt = max(len(chat.encode(p.text)) for p in challenger_prompts(config))
+    query = len(chat.encode("", config.solver.system_prompt)) + config.challenger.max_tokens
+    return {
+        "challenger": Turn(1, prompt, N, config.challenger.max_tokens),
+        "solver": Turn(N, query, G, config.solver.max_tokens),
+    }
+
+
+def batch_arithmetic(config: Config, turns: dict[str, Turn]) -> dict[str, int]:
+    """Sequences, and at most how many tokens and micro-batches, of one step; the number of steps."""
+    N, G = config.challenger.num_queries, config.solver.group_size
     plan = {"queries (N)": N, "answers (N x G)": N * G}
-    if config.algorithm != "grpo":
-        prompt = max(len(chat.encode(p.text)) for p in challenger_prompts(config))
-        plan["challenger prompt, tokens"] = prompt
-        more = _learned(config, 1, prompt, N, config.challenger.max_tokens)
-        tokens, micro_batches = tokens + more[0], micro_batches + more[1]
-    plan["tokens learned from, at most"] = tokens
-    plan["micro-batches, at most"] = micro_batches
+    if "challenger" in turns:
+        plan["challenger prompt, tokens"] = turns["challenger"].P
+    learned = [_learned(config, turn) for turn in turns.values()]
+    plan["tokens learned from, at most"] = sum(tokens for tokens, _ in learned)
+    plan["micro-batches, at most"] = sum(batches for _, batches in learned)
     plan["optimizer steps of the run"] = config.steps
     return plan
 
 
-def _learned(config: Config, groups: int, P: int, K: int, T: int) -> tuple[int, int]:
-    """(tokens, micro-batches) of groups that are all as long as they may be; see packing."""
+def _learned(config: Config, turn: Turn) -> tuple[int, int]:
+    """(tokens, micro-batches) of a turn that is as long as it may be; see packing.py."""
+    from language_self_play.packing import completions_at_once
+
     budget = config.learner.tokens_per_micro_batch
-    rows = max(1, (budget - P) // T)
-    slices = -(-K // rows)
-    slices_at_once = max(1, budget // (P + min(K, rows) * T))
-    return groups * (slices * P + K * T), -(-groups * slices // slices_at_once)
-
-
-def memory_estimate(config: Config) -> dict[str, int]:
-    """Bytes by part, from the model's own config; activations of one full micro-batch."""
-    from language_self_play.pretrained import empty_model, load_model_config
-
-    model_config = load_model_config(config.policy.path)
-    text = model_config.get_text_config()
-    weights = FLOAT32_BYTES * empty_model(config.policy.path).num_parameters()
-    tokens = config.learner.tokens_per_micro_batch
-    feed_forward = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    # Per token and layer: about 8 hidden-sized and 4 feed-forward-sized tensors are kept for the
-    # backward pass; the logits are kept as they are and once in the softmax.
-    kept = text.num_hidden_layers * (8 * text.hidden_size + 4 * feed_forward)
-    heads = text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    longest = config.challenger.max_tokens + config.solver.max_tokens
-    rows = min(config.rollout.batch_size, config.challenger.num_queries * config.solver.group_size)
-    cache = 2 * text.num_hidden_layers * kv_heads * head_size * rows * longest * FLOAT32_BYTES
-    return {
-        "policy": weights,
-        "reference": weights if config.needs_reference else 0,
-        "gradients": weights,
-        "AdamW's moments": 2 * weights,
-        "activations of a micro-batch": tokens * kept * FLOAT32_BYTES,
-        "logits of a micro-batch": 3 * tokens * text.vocab_size * FLOAT32_BYTES,
-        "key-value cache while sampling": cache,
-    }
+    shared_prompt = not config.learner.gradient_checkpointing
+    rows = min(turn.K, completions_at_once(budget, turn.P, turn.T, shared_prompt))
+    slices = turn.groups * -(-turn.K // rows)
+    prompts = slices if shared_prompt else turn.groups * turn.K
+    tokens = (1 if shared_prompt else rows) * turn.P + rows * turn.T
+    slices_at_once = max(1, budget // tokens)
+    return prompts * turn.P + turn.groups * turn.K * turn.T, -(-slices // slices_at_once)

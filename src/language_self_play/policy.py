@@ -150,7 +150,7 @@ def load_policy(config: Config, device: torch.device) -> Policy:
     """
     chat, model = load_chat_model(config.policy, device, choose_dtype(config.dtype, device))
     if config.policy.lora is not None:
-        adapter = _add_adapter(model, config.policy.path, config.policy.lora, config.seed)
+        adapter = add_adapter(model, config.policy.path, config.policy.lora, config.seed)
         return Policy(model, chat, adapter=adapter)
     reference = copy.deepcopy(model).requires_grad_(False) if config.needs_reference else None
     return Policy(model, chat, reference)
@@ -171,7 +171,7 @@ def load_chat_model(
     return chat, model
 
 
-def _add_adapter(model: PreTrainedModel, path: str, settings: Lora, seed: int) -> Any:
+def add_adapter(model: PreTrainedModel, path: str, settings: Lora, seed: int) -> Any:
     """A new LoRA adapter in `model` (Hu et al. 2021), in float32; only it has gradients from now on.
 
     B begins as 0, so the policy begins as its reference; A is drawn from `seed`.

@@ -73,17 +73,6 @@ def load_model_config(path: str, trust_remote_code: bool = False) -> PreTrainedC
     )
 
 
-def empty_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without weights (on the meta device), to be counted. Raises ModelError."""
-    config = load_model_config(path, trust_remote_code)
-
-    def build() -> PreTrainedModel:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-
-    return read(path, build)
-
-
 def resolve_model(path: str) -> str:
     """The folder or hub id to load from; `arena` is the built-in model. Raises ModelError."""
     if path == BUILT_IN_MODEL:
@@ -165,8 +154,8 @@ def announce_hub(path: str) -> None:
         print(f"{path}: no folder of that name here, so the hub is asked", file=sys.stderr)
 
 
-def read(path: str, load: Callable[[], Loaded]) -> Loaded:
-    """Call a loader of `policy.path`; whatever it raises becomes one sentence, a ModelError."""
+def read(path: str, load: Callable[[], Loaded], setting: str = "policy.path") -> Loaded:
+    """Call a loader of what `setting` names; whatever it raises becomes one sentence, a ModelError."""
     transformers.utils.logging.disable_progress_bar()
     try:
         return load()
@@ -177,5 +166,5 @@ def read(path: str, load: Callable[[], Loaded]) -> Loaded:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) if lines else type(error).__name__
         if "trust_remote_code" in str(error):
-            reason = "it needs Python code of its authors; policy.trust_remote_code = true runs it"
-        raise ModelError(f"policy.path = {path!r}: can't be loaded: {reason}") from None
+            reason = "it needs Python code of its authors; trust_remote_code = true runs it"
+        raise ModelError(f"{setting} = {path!r}: can't be loaded: {reason}") from None

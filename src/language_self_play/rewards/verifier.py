@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
 
@@ -77,6 +78,8 @@ class CodeVerifier(Reward):
         self, queries: list[str], answers: list[list[str]], keys: list[str | None]
     ) -> list[list[float]]:
         known = known_keys(self.name, queries, keys)
+        for key in known:
+            _refuse_value(self.name, key)
         programs = [
             [f"{code_in(answer)}\n\n{key}\n" for answer in group]
             for key, group in zip(known, answers, strict=True)
@@ -90,6 +93,18 @@ class CodeVerifier(Reward):
 
     def close(self) -> None:
         self.sandbox.close()
+
+
+def _refuse_value(name: str, key: str) -> None:
+    """Raises RewardError for a key that is a Python value: as a program it tests nothing."""
+    try:
+        ast.literal_eval(key.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return
+    raise RewardError(
+        f"reward.{name}: the key {shown(key)} is a value, not a program that tests;"
+        " data.answer_column names the column with the tests"
+    )
 
 
 def build(name: str, section: VerifierReward, config: Config) -> Reward:
