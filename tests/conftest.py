@@ -92,7 +92,7 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
         import torch
         import transformers
 
-        from language_self_play.pretrained import without_dropout
+        from language_self_play.pretrained import attention_kernel, without_dropout
 
         tokens = {
             "vocab_size": len(tokenizer),
@@ -153,7 +153,9 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
                     init_std=INITIALIZER_RANGE,
                 )
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention_kernel(config)
+        )
         return without_dropout(model.eval())
 
     return make

@@ -75,13 +75,14 @@ def test_the_weight_multiplies_the_score(tiny_llama, chat, digit_scores):
 
 
 def test_equal_pairs_are_asked_about_once(tiny_llama, chat, digit_scores):
+    judge = make_judge(tiny_llama, chat, "expected")
     rows = []
     tiny_llama.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     queries = [QUERIES[0], QUERIES[1], QUERIES[0]]
     answers = [["3", "12", "3"], ["etik", "etik", "etik"], ["12", "12", "3"]]
-    scores = make_judge(tiny_llama, chat, "expected")(queries, answers)
+    scores = judge(queries, answers)
     assert sum(rows) == 3
     (three, twelve), (etik, _) = digit_scores
     expected = [[three, twelve, three], [etik] * 3, [twelve, twelve, three]]

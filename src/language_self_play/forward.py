@@ -11,7 +11,7 @@ Two things make it lean, and both are checked against the plain pass when a mode
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from language_self_play.errors import ModelError
 from language_self_play.logprobs import token_logprobs
 from language_self_play.packing import MicroBatch
+from language_self_play.prefill import prefill
 from language_self_play.pretrained import vocabulary_size
+from language_self_play.shared_prompt import SharedPrompt, go_on
 
 # Logits that exist at once: 128 MiB in float32, a few times that with what the softmax needs.
 LOGITS_AT_ONCE = 1 << 25
@@ -77,6 +79,46 @@ def choose_path(model: PreTrainedModel, gradient_checkpointing: bool = False) ->
     return path
 
 
+def goes_on_from_shared_prompts(model: PreTrainedModel) -> bool:
+    """Whether rows behind shared prompts (shared_prompt.py) get on `model` what the plain pass gives.
+
+    Warns if not.
+    """
+    probe = _probe(model)
+    with torch.no_grad():
+        expected = completion_logprobs(model, probe, 1.0, PLAIN)
+        agrees = _is_close(model, probe, expected, lambda: _logprobs_behind_prompts(model, probe))
+    if not agrees:
+        warnings.warn(
+            f"{type(model).__name__} has a kind of attention that knows no shared prompts, so each"
+            " completion keeps its own copy of its prompt's keys and values",
+            stacklevel=2,
+        )
+    return agrees
+
+
+def _logprobs_behind_prompts(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    """log softmax of every completion token, (B, K, T), as the sampler computes it."""
+    prompts = [
+        p[m.bool()].tolist() for p, m in zip(batch.prompts_BP, batch.prompt_mask_BP, strict=True)
+    ]
+    B, K, T = batch.completions_BKT.shape
+    prefilled = prefill(model, prompts, pad_id=0)
+    prompt_of_row = torch.arange(B, device=model.device).repeat_interleave(K)
+    decoding = SharedPrompt(prefilled.cache, prefilled.mask_BP, prompt_of_row)
+    tokens = batch.completions_BKT.flatten(0, 1)
+    positions = prefilled.mask_BP.sum(-1)[prompt_of_row, None] + torch.arange(
+        T, device=model.device
+    )
+    # Several tokens at once, then one: both ways of going on.
+    pieces = [slice(0, T - 2), slice(T - 2, T - 1)]
+    logits = [prefilled.logits_BV[prompt_of_row, None]] + [
+        go_on(model, decoding, input_ids=tokens[:, piece], position_ids=positions[:, piece])
+        for piece in pieces
+    ]
+    return token_logprobs(torch.cat(logits, 1), tokens, 1.0).view(B, K, T)
+
+
 def completion_logprobs(
     model: PreTrainedModel,
     batch: MicroBatch,
@@ -89,7 +131,7 @@ def completion_logprobs(
     before = states(model, batch, path)[batch.mask_BKT]
     tokens = batch.completions_BKT[batch.mask_BKT]
     if path.separate_head:
-        logprobs = _logprobs_of_states(model, before, tokens, temperature)
+        logprobs = logprobs_of_states(model, before, tokens, temperature)
     else:
         logprobs = token_logprobs(before, tokens, temperature)
     return torch.zeros(batch.mask_BKT.shape, device=logprobs.device).masked_scatter(
@@ -171,7 +213,7 @@ def _states(model: PreTrainedModel, hidden: bool, keep: int = 0, **inputs: Any) 
     return model.get_decoder()(**inputs).last_hidden_state[:, -keep:]
 
 
-def _logprobs_of_states(
+def logprobs_of_states(
     model: PreTrainedModel, states_MH: Tensor, tokens_M: Tensor, temperature: float
 ) -> Tensor:
     """Log-probs of M tokens, (M,), from the hidden states before them, (M, H)."""
@@ -251,12 +293,21 @@ def _probe(model: PreTrainedModel) -> MicroBatch:
 
 
 def _agrees(model: PreTrainedModel, probe: MicroBatch, expected: Tensor, path: ForwardPath) -> bool:
-    """Whether `path` gives the plain pass's log-probs, to the tolerance of the model's type."""
+    """Whether `path` gives the plain pass's log-probs."""
+    return _is_close(model, probe, expected, lambda: completion_logprobs(model, probe, 1.0, path))
+
+
+def _is_close(
+    model: PreTrainedModel, probe: MicroBatch, expected: Tensor, compute: Callable[[], Tensor]
+) -> bool:
+    """Whether what is computed is what was expected, to the tolerance of the model's type."""
     try:
-        found = completion_logprobs(model, probe, 1.0, path)
+        found = compute()
     except Exception:
         # A model that can't be run in this way raises what its author's code happens to raise.
         return False
-    spread = expected[probe.mask_BKT].std().clamp_min(torch.finfo(torch.float32).tiny)
+    expected, found = expected[probe.mask_BKT], found[probe.mask_BKT]
+    spread = expected.std().clamp_min(torch.finfo(torch.float32).tiny)
     tolerance = TOLERANCE.get(model.dtype, max(TOLERANCE.values()))
-    return bool((found - expected).abs().max() <= tolerance * spread)
+    close = (found - expected).abs() <= tolerance * spread
+    return bool((close | (found.isnan() & expected.isnan())).all())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Tokens of a vocabulary that are drawn from as one, before one of them is.
+BLOCK = 512
+
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """log softmax(logits / τ) at `tokens`, shape of `tokens`, in nats.
@@ -28,19 +31,42 @@ def draw_tokens(
     `logits` is (B, V), `uniforms` (B,) in [0, 1). The log-prob is of softmax(logits / τ), before
     top-k and top-p cut the distribution that is drawn from; ties at the cut are kept.
     """
-    scaled = logits.float() / temperature
-    probabilities = scaled.softmax(-1)
-    kept = truncate(probabilities, top_p, top_k)
-    # A float64 sum keeps the tail of a large vocabulary reachable; MPS has no float64.
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    cumulative = kept.to(wide).cumsum(-1)
-    below_one = 1 - torch.finfo(wide).eps
-    target = uniforms.to(cumulative.device, wide).clamp_max(below_one) * cumulative[:, -1]
-    # right=True steps over tokens of probability 0.
-    tokens = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
-    # NaN has no place in the order; its log-prob below says so.
-    tokens = tokens.clamp_max(logits.shape[-1] - 1)
-    return tokens, token_logprobs(logits, tokens, temperature)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    tokens = _inverse_cdf(truncate(probabilities, top_p, top_k), uniforms)
+    return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
+
+
+def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The token, (B,), at which the cumulative sum of `weights` (B, V) exceeds uniform · its total.
+
+    In two stages, the block and the token in it: so a sum of V terms is never written out, and both
+    sums can be in float64, which keeps the tail of a large vocabulary reachable.
+    """
+    V = weights.shape[1]
+    wide = torch.float32 if weights.device.type == "mps" else torch.float64  # MPS has no float64
+    uniform = uniforms.to(weights.device, wide)[:, None].clamp_max(1 - torch.finfo(wide).eps)
+    size = min(BLOCK, V)
+    whole = V - V % size
+    sums = weights[:, :whole].unflatten(1, (-1, size)).sum(-1)
+    if whole < V:
+        sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], 1)
+    block, left = _find(sums.to(wide), uniform)
+    within = block * size + torch.arange(size, device=weights.device)
+    inside = weights.gather(1, within.clamp_max(V - 1)).masked_fill(within >= V, 0.0)
+    token, _ = _find(inside.to(wide), left)
+    # NaN has no place in the order; its log-prob says so.
+    return (block * size + token).clamp_max(V - 1).squeeze(-1)
+
+
+def _find(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(place, what is left): where cumulative weights exceed uniform · total, and how far into it, in [0, 1)."""
+    cumulative = weights.cumsum(-1)
+    target = uniform * cumulative[:, -1:]
+    # right=True steps over weights of 0.
+    place = torch.searchsorted(cumulative, target, right=True).clamp_max(weights.shape[1] - 1)
+    here = weights.gather(1, place)
+    left = (target - (cumulative.gather(1, place) - here)) / here
+    return place, left.clamp(0, 1 - torch.finfo(weights.dtype).eps)
 
 
 def truncate(probabilities: Tensor, top_p: float, top_k: int) -> Tensor:

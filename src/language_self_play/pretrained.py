@@ -42,14 +42,28 @@ def load_model(
         adapted = read(path, lambda: peft.PeftModel.from_pretrained(model, path))
         return adapted.merge_and_unload().eval()
     found = resolve_model(path)
+    kernel = attention_kernel(load_model_config(path, trust_remote_code))
     model = read(
         path,
         lambda: AutoModelForCausalLM.from_pretrained(
-            found, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            found,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=kernel,
         ),
     )
     model.to(device)  # type: ignore[arg-type]  # transformers' stub
     return without_dropout(model.eval())
+
+
+def attention_kernel(config: PreTrainedConfig) -> str | None:
+    """The attention that transformers is asked for; None for its own choice.
+
+    Its usual kernel leaves out the cap that Gemma 2 puts on attention scores; the eager one has it.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if capped else None
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -167,4 +181,6 @@ def read(path: str, load: Callable[[], Loaded], setting: str = "policy.path") ->
         reason = " ".join(lines[:2]) if lines else type(error).__name__
         if "trust_remote_code" in str(error):
             reason = "it needs Python code of its authors; trust_remote_code = true runs it"
+        elif "sentencepiece" in str(error):
+            reason = "it has no tokenizer.json to load; if it has a SentencePiece model, pip install sentencepiece"
         raise ModelError(f"{setting} = {path!r}: can't be loaded: {reason}") from None

@@ -1,25 +1,33 @@
 """The in-process sampler: the policy's own weights, one prefill a prompt, decoding in one batch.
 
-In a batch every distinct prompt is computed once, however many completions it gets: its keys and
-values are repeated in the cache. A completion that has ended leaves the batch.
+In a batch every distinct prompt is computed once, however many completions it gets. Completions that
+have ended leave the batch as soon as there are enough of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from language_self_play.chat import Chat
 from language_self_play.config import Sampling
 from language_self_play.errors import NonFiniteError
+from language_self_play.forward import goes_on_from_shared_prompts
 from language_self_play.logprobs import draw_tokens
-from language_self_play.packing import pad_left
+from language_self_play.prefill import Beginning, prefill
 from language_self_play.pretrained import context_length
 from language_self_play.randomness import stream_key, uniforms
+from language_self_play.sampling.decoding import Decoding, PlainDecoding, SharedDecoding
 from language_self_play.types import Completion, FinishReason, Group, Role
+
+# Ended rows leave when they are one in so many: closing the gaps copies the others' keys and values.
+LEAVE_AT = 8
+
+Row = tuple[int, int]  # (prompt, completion)
+Drawn = tuple[list[int], list[float]]  # tokens, log-probs
 
 
 class TransformersSampler:
@@ -32,6 +40,7 @@ class TransformersSampler:
         self.batch_size = batch_size
         self.step = 0
         self.context_length = context_length(model.config)
+        self.shares_prompts = goes_on_from_shared_prompts(model)
 
     def sync(self, model: PreTrainedModel, step: int) -> None:
         """Sample version `step` from now on. The weights are the model's own: nothing moves."""
@@ -47,103 +56,99 @@ class TransformersSampler:
         Completions are shorter where the model's context ends. Raises NonFiniteError for
         log-probs that are not finite.
         """
+        if not prompts:
+            return []
         key = stream_key(self.seed, self.step, role)
-        tokens: list[list[list[int]]] = [[[] for _ in range(n)] for _ in prompts]
-        logprobs: list[list[list[float]]] = [[[] for _ in range(n)] for _ in prompts]
-        for rows in self._batches(prompts, n):
-            self._decode(prompts, rows, key, settings, max_tokens, tokens, logprobs)
-        texts = self.chat.decode(
-            [self._without_stop(t) for completions in tokens for t in completions]
-        )
-        return [
-            Group(
-                prompt,
-                [
-                    Completion(t, texts[i * n + j], logprobs[i][j], self._finish_reason(t))
-                    for j, t in enumerate(tokens[i])
-                ],
-            )
-            for i, prompt in enumerate(prompts)
+        drawn: dict[Row, Drawn] = {}
+        for rows, decoding in self._batches(prompts, n):
+            drawn |= zip(rows, self._decode(decoding, rows, key, settings, max_tokens), strict=True)
+        order = [(i, j) for i in range(len(prompts)) for j in range(n)]
+        texts = self.chat.decode([self._without_stop(drawn[row][0]) for row in order])
+        completions = [
+            Completion(tokens, text, logprobs, self._finish_reason(tokens))
+            for text, (tokens, logprobs) in zip(texts, (drawn[row] for row in order), strict=True)
         ]
+        return [Group(p, completions[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
 
-    def _batches(self, prompts: list[list[int]], n: int) -> Iterator[dict[int, range]]:
-        """Batches of at most batch_size completions: prompt index -> its completions' indices."""
+    def _batches(self, prompts: list[list[int]], n: int) -> Iterator[tuple[list[Row], Decoding]]:
+        """Rows of at most batch_size completions, prompts of similar lengths together, prefilled."""
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        if n >= self.batch_size:
-            for i in by_length:
-                for j in range(0, n, self.batch_size):
-                    yield {i: range(j, min(n, j + self.batch_size))}
-            return
-        prompts_at_once = self.batch_size // n
+        if n == 1 and self.shares_prompts:
+            beginning = Beginning(self.model, prompts, self.chat.pad_id)
+            if beginning.length:
+                for start in range(0, len(prompts), self.batch_size):
+                    some = by_length[start : start + self.batch_size]
+                    behind = beginning.before([prompts[i] for i in some])
+                    yield (
+                        [(i, 0) for i in some],
+                        SharedDecoding(self.model, self.context_length, *behind),
+                    )
+                return
+        prompts_at_once = max(1, self.batch_size // n)
         for start in range(0, len(prompts), prompts_at_once):
-            yield {i: range(n) for i in by_length[start : start + prompts_at_once]}
+            some = by_length[start : start + prompts_at_once]
+            yield from self._behind_prompts(prompts, [(i, j) for i in some for j in range(n)])
+
+    def _behind_prompts(
+        self, prompts: list[list[int]], rows: list[Row]
+    ) -> Iterator[tuple[list[Row], Decoding]]:
+        """The rows, in slices of at most batch_size, behind their distinct prompts."""
+        distinct = {p: b for b, p in enumerate({tuple(prompts[i]): None for i, _ in rows})}
+        of_row = torch.tensor([distinct[tuple(prompts[i])] for i, _ in rows])
+        start_behind = SharedDecoding.behind if self.shares_prompts else PlainDecoding
+        prefilled = None
+        for start in range(0, len(rows), self.batch_size):
+            if prefilled is None or not self.shares_prompts:
+                prefilled = prefill(self.model, list(map(list, distinct)), self.chat.pad_id)
+            some = slice(start, start + self.batch_size)
+            prompt_of_row = of_row[some].to(self.model.device)
+            yield (
+                rows[some],
+                start_behind(self.model, self.context_length, prefilled, prompt_of_row),
+            )
 
     def _decode(
-        self,
-        prompts: list[list[int]],
-        rows: dict[int, range],
-        key: int,
-        settings: Sampling,
-        max_tokens: int,
-        tokens: list[list[list[int]]],
-        logprobs: list[list[list[float]]],
-    ) -> None:
-        """Decode one batch, appending to `tokens` and `logprobs`."""
-        device = self.model.device
-        where = [(i, j) for i, completions in rows.items() for j in completions]
-        distinct = {prompt: b for b, prompt in enumerate({tuple(prompts[i]): None for i in rows})}
-        prompt_of_row = torch.tensor([distinct[tuple(prompts[i])] for i, _ in where], device=device)
-        ids_BP, mask_BP = pad_left(map(list, distinct), self.chat.pad_id, device)
-        cache = DynamicCache(config=self.model.config)
-        logits = self.model(
-            input_ids=ids_BP,
-            attention_mask=mask_BP,
-            position_ids=(mask_BP.cumsum(-1) - 1).clamp_min(0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        cache.batch_select_indices(prompt_of_row)
-        logits, mask = logits[prompt_of_row], mask_BP[prompt_of_row]
-        positions = mask.sum(-1)  # where each row's next token stands
+        self, decoding: Decoding, where: list[Row], key: int, settings: Sampling, max_tokens: int
+    ) -> list[Drawn]:
+        """The completions of one batch."""
+        limits = (self.context_length - decoding.positions_R).clamp_max(max_tokens)
+        length = int(limits.max())
         index = torch.tensor(where)  # on the CPU, as the uniforms are: MPS has no float64
-        eos = torch.tensor(self.chat.eos_ids, device=device)
-        drawn: list[tuple[Tensor, Tensor, Tensor]] = []
-        alive = torch.arange(len(where))
-        for position in range(max_tokens):
-            uniform = uniforms(key, index[alive, 0], index[alive, 1], position)
-            token, logprob = draw_tokens(
-                logits, uniform, settings.temperature, settings.top_p, settings.top_k
+        uniforms_RT = uniforms(key, index[:, :1], index[:, 1:], torch.arange(length))
+        tokens_RT = limits.new_zeros(len(where), length)
+        logprobs_RT = torch.zeros(len(where), length, device=limits.device)
+        stops = limits.new_tensor(self.chat.eos_ids)
+        rows, ended = torch.arange(len(where), device=limits.device), limits < 1
+        for t in range(length):
+            uniform = uniforms_RT[rows.cpu(), t]
+            tokens, logprobs = draw_tokens(
+                decoding.logits_RV, uniform, settings.temperature, settings.top_p, settings.top_k
             )
-            drawn.append((alive, token, logprob))
-            going = ~torch.isin(token, eos) & (positions + 1 < self.context_length)
-            if position + 1 == max_tokens or not going.any():
+            tokens_RT[rows, t], logprobs_RT[rows, t] = tokens, logprobs
+            ended |= torch.isin(tokens, stops) | (limits[rows] <= t + 1)
+            num_ended = int(ended.sum())
+            if num_ended == len(rows):
                 break
-            if not going.all():
-                left = going.nonzero().squeeze(-1)
-                cache.batch_select_indices(left)
-                token, mask, positions = token[left], mask[left], positions[left]
-                alive = alive[left.cpu()]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            logits = self.model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=positions[:, None],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            positions = positions + 1
-        for alive, token, logprob in drawn:
-            if not torch.isfinite(logprob).all():
-                raise NonFiniteError(
-                    f"step {self.step}: the policy's log-probs are not finite while sampling; the"
-                    " weights are damaged or the learning rate is too high"
-                )
-            for row, t, p in zip(alive.tolist(), token.tolist(), logprob.tolist(), strict=True):
-                i, j = where[row]
-                tokens[i][j].append(t)
-                logprobs[i][j].append(p)
+            if num_ended * LEAVE_AT >= len(rows):
+                left = (~ended).nonzero().squeeze(-1)
+                decoding.keep(left)
+                rows, tokens, ended = rows[left], tokens[left], ended[left]
+            decoding.step(tokens)
+        stopped = torch.isin(tokens_RT, stops)
+        first_stop = torch.where(stopped.any(-1), stopped.int().argmax(-1), length)
+        lengths = torch.minimum(first_stop + 1, limits).tolist()
+        drawn = [
+            (tokens[:n], logprobs[:n])
+            for n, tokens, logprobs in zip(
+                lengths, tokens_RT.tolist(), logprobs_RT.tolist(), strict=True
+            )
+        ]
+        if not all(math.isfinite(p) for _, logprobs in drawn for p in logprobs):
+            raise NonFiniteError(
+                f"step {self.step}: the policy's log-probs are not finite while sampling; the"
+                " weights are damaged or the learning rate is too high"
+            )
+        return drawn
 
     def _finish_reason(self, tokens: list[int]) -> FinishReason:
         return "stop" if tokens and tokens[-1] in self.chat.eos_ids else "length"

@@ -1,0 +1,89 @@
+"""Prompts through the model, to where their completions begin; a long common beginning only once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from language_self_play.packing import pad_left
+from language_self_play.shared_prompt import SharedPrompt, go_on
+
+# Tokens that prompts must have in common for a pass of their own over them: on small models a pass
+# takes about as long whatever it computes.
+SHORTEST_BEGINNING = 64
+
+
+class Prefilled(NamedTuple):
+    """B prompts, ready to go on from: the next token's logits, keys and values, 0 at padding."""
+
+    logits_BV: Tensor
+    cache: DynamicCache
+    mask_BP: Tensor
+
+
+class Behind(NamedTuple):
+    """R prompts behind one beginning: the next token's logits, the cache, each prompt's length."""
+
+    logits_RV: Tensor
+    cache: SharedPrompt
+    lengths_R: Tensor
+
+
+def prefill(model: PreTrainedModel, prompts: list[list[int]], pad_id: int) -> Prefilled:
+    """Each of the B prompts once, padded on the left."""
+    tokens_BP, mask_BP = pad_left(prompts, pad_id, model.device)
+    cache = DynamicCache(config=model.config)
+    logits = model(
+        input_ids=tokens_BP,
+        attention_mask=mask_BP,
+        position_ids=(mask_BP.cumsum(-1) - 1).clamp_min(0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    return Prefilled(logits, cache, mask_BP)
+
+
+class Beginning:
+    """What all `prompts` begin with, computed once for any number of them."""
+
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], pad_id: int):
+        self.model, self.pad_id = model, pad_id
+        self.length = beginning_length(model, prompts)
+        if self.length:
+            self.prefilled = prefill(model, [prompts[0][: self.length]], pad_id)
+
+    def before(self, prompts: list[list[int]]) -> Behind:
+        """The rest of some of the prompts, one row each."""
+        model = self.model
+        rest, mask = pad_left([p[self.length :] for p in prompts], self.pad_id, model.device)
+        nothing = torch.zeros(len(prompts), dtype=torch.int64, device=model.device)
+        padding = None if mask.all() else mask == 0
+        cache = SharedPrompt(self.prefilled.cache, self.prefilled.mask_BP, nothing, padding)
+        positions = self.length + (mask.cumsum(-1) - 1).clamp_min(0)
+        logits = go_on(model, cache, input_ids=rest, position_ids=positions, logits_to_keep=1)
+        return Behind(logits[:, -1], cache, self.length + mask.sum(-1))
+
+
+def beginning_length(model: PreTrainedModel, prompts: list[list[int]]) -> int:
+    """How many tokens at the beginning of all `prompts` are worth a pass of their own; 0 if none.
+
+    Each prompt keeps at least one token. Behind a beginning the rests are padded, which windows of
+    attention do not know of, so there it is 0 as soon as a prompt is longer than a window.
+    """
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # in their order all others lie between
+    shortest = min(map(len, prompts))
+    common = next((i for i in range(shortest - 1) if first[i] != last[i]), shortest - 1)
+    windows = [w for layer in DynamicCache(config=model.config).layers if (w := _window(layer))]
+    if common < SHORTEST_BEGINNING or (windows and max(map(len, prompts)) >= min(windows)):
+        return 0
+    return common
+
+
+def _window(layer: object) -> int | None:
+    return getattr(layer, "sliding_window", None)
