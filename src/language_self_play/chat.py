@@ -28,7 +28,7 @@ class Chat:
         self.tokenizer = tokenizer
         self.eos_ids = sorted(set(eos_ids))
         self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.special_tokens = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        self.special_tokens = special_tokens(tokenizer)
         self._template_kwargs = template_kwargs
 
     def encode(self, user: str, system: str | None = None, prefill: str = "") -> list[int]:
@@ -54,9 +54,24 @@ class Chat:
 
     def without_special(self, text: str) -> str:
         """`text` with nothing in it that would be read as a special token, such as a role mark."""
-        for token in self.special_tokens:
-            text = text.replace(token, "")
-        return text
+        return without(text, self.special_tokens)
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Texts that `tokenizer` reads as special tokens, longest first."""
+    # Of some models, Llama 3 among them, all_special_tokens lacks the tokens that mark roles.
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return sorted({*tokenizer.all_special_tokens, *added}, key=lambda text: (-len(text), text))
+
+
+def without(text: str, marks: Sequence[str]) -> str:
+    """`text` with none of `marks` in it, nor one that closes up where another was taken out."""
+    before = None
+    while text != before:
+        before = text
+        for mark in marks:
+            text = text.replace(mark, "")
+    return text
 
 
 def load_chat(section: PolicySection) -> Chat:

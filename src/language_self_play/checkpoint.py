@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from language_self_play.errors import RunFolderError
-from language_self_play.run_folder import RunFolder, remove_folder
+from language_self_play.run_folder import Part, RunFolder, remove_folder
 
 if TYPE_CHECKING:
     from language_self_play.optimizer import Optimizer
@@ -47,21 +47,21 @@ def save_checkpoint(
     return place
 
 
-def save_model(run: RunFolder, policy: Policy, card: Callable[[Path], str]) -> None:
+def save_model(run: RunFolder, policy: Policy, card: Callable[[Path, Part], str]) -> None:
     """Write the run's model/, the policy at its end, and with LoRA its adapter/ alone.
 
-    `card` writes their README.md from the run's folder.
+    `card` writes their README.md from the run's folder, told which of the two it is for.
     """
-    saves = {run.model_folder: policy.save}
+    saves: dict[Part, Callable[[Path], None]] = {"model": policy.save}
     if policy.adapter is not None:
-        saves[run.adapter_folder] = policy.save_adapter
-    for place, save in saves.items():
+        saves["adapter"] = policy.save_adapter
+    for part, save in saves.items():
 
-        def fill(folder: Path, save: Callable[[Path], None] = save) -> None:
+        def fill(folder: Path, part: Part = part, save: Callable[[Path], None] = save) -> None:
             save(folder)
-            (folder / "README.md").write_text(card(run.folder), "utf-8")
+            (folder / "README.md").write_text(card(run.folder, part), "utf-8")
 
-        _write_whole(place, fill)
+        _write_whole(run.folder / part, fill)
 
 
 def _write_whole(place: Path, fill: Callable[[Path], None]) -> None:

@@ -2,8 +2,7 @@
 
 Two things make it lean, and both are checked against the plain pass when a model is loaded:
 
-- the prompt's keys and values are computed once and repeated for the group's K completions, with
-  gradient through the repetition;
+- the prompt goes through once for the group's K completions, in the same pass (packed_prompt.py);
 - the decoder's hidden states are kept and only those of completion tokens become logits, a bounded
   number at a time and again in the backward pass, so no vocabulary decides the batch size.
 """
@@ -13,23 +12,29 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from language_self_play.errors import ModelError
 from language_self_play.logprobs import token_logprobs
+from language_self_play.packed_prompt import PackedPrompt
 from language_self_play.packing import MicroBatch
 from language_self_play.prefill import prefill
 from language_self_play.pretrained import vocabulary_size
-from language_self_play.shared_prompt import SharedPrompt, go_on
+from language_self_play.shared_prompt import (
+    SharedPrompt,
+    attention_to_shared_prompts,
+    go_on,
+    layer_windows,
+)
 
 # Logits that exist at once: 128 MiB in float32, a few times that with what the softmax needs.
 LOGITS_AT_ONCE = 1 << 25
@@ -41,7 +46,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 class ForwardPath:
     """How a model's log-probs are computed: a static choice, made once for a run.
 
-    shared_prompt     the prompt once, its cache repeated; otherwise whole sequences
+    shared_prompt     a prompt once for all its completions; otherwise whole sequences
     separate_head     logits from hidden states, in chunks; otherwise the model's own, all at once
     """
 
@@ -52,30 +57,26 @@ class ForwardPath:
 PLAIN = ForwardPath(shared_prompt=False, separate_head=False)
 
 
-def choose_path(model: PreTrainedModel, gradient_checkpointing: bool = False) -> ForwardPath:
-    """The leanest path that gives the plain pass's log-probs on this model.
-
-    With gradient checkpointing there is no cache to share, so sequences stay whole. Warns once of
-    what this model does not allow.
-    """
-    path = ForwardPath(shared_prompt=not gradient_checkpointing)
+def choose_path(model: PreTrainedModel) -> ForwardPath:
+    """The leanest path that gives the plain pass's log-probs on this model; warns of what it can't."""
+    path = ForwardPath()
     probe = _probe(model)
     with torch.no_grad():
         expected = completion_logprobs(model, probe, 1.0, PLAIN)
-        if path.separate_head and not _agrees(model, probe, expected, ForwardPath(False, True)):
+        if not _agrees(model, probe, expected, ForwardPath(False, True)):
             warnings.warn(
                 f"{type(model).__name__} gives no logits for hidden states alone, so those of a whole"
                 " micro-batch are kept at once; a smaller learner.tokens_per_micro_batch saves memory",
                 stacklevel=2,
             )
-            path = ForwardPath(path.shared_prompt, False)
-        if path.shared_prompt and not _agrees(model, probe, expected, path):
+            path = replace(path, separate_head=False)
+        if not _agrees(model, probe, expected, path):
             warnings.warn(
-                f"{type(model).__name__} does not go on from a repeated cache as from the whole"
-                " sequence, so prompts are computed once for each completion",
+                f"{type(model).__name__} has a kind of attention that knows no shared prompts, so in"
+                " learning prompts are computed once for each completion",
                 stacklevel=2,
             )
-            path = ForwardPath(False, path.separate_head)
+            path = replace(path, shared_prompt=False)
     return path
 
 
@@ -151,39 +152,28 @@ def logits_rows(vocabulary: int) -> int:
 
 
 def _shared_states(model: PreTrainedModel, batch: MicroBatch, hidden: bool) -> Tensor:
-    """The prompt goes through once, and its keys and values are repeated."""
-    B, K, T = batch.completions_BKT.shape
-    cache = DynamicCache(config=model.config)
-    first = _states(
-        model,
-        hidden,
-        keep=1,
-        input_ids=batch.prompts_BP,
-        attention_mask=batch.prompt_mask_BP,
-        position_ids=(batch.prompt_mask_BP.cumsum(-1) - 1).clamp_min(0),
-        past_key_values=cache,
-        use_cache=True,
-    )
+    """Prompt and completions in one pass, the prompt once for all (packed_prompt.py)."""
+    P, (_, K, T) = batch.prompts_BP.shape[1], batch.completions_BKT.shape
+    # Nothing is predicted from a completion's last token.
+    completions, mask = batch.completions_BKT[..., :-1], batch.mask_BKT[..., :-1]
+    lengths = batch.prompt_mask_BP.sum(-1)[:, None, None]
+    prompt_positions = (batch.prompt_mask_BP.cumsum(-1) - 1).clamp_min(0)
+    # Padding stands at position 0: beyond a row's own tokens the context may end.
+    positions = (lengths + torch.arange(T - 1, device=mask.device)) * mask
+    padding = None if batch.prompt_mask_BP.all() else batch.prompt_mask_BP == 0
+    with attention_to_shared_prompts(model):
+        states = _states(
+            model,
+            hidden,
+            input_ids=torch.cat([batch.prompts_BP, completions.flatten(1)], 1),
+            position_ids=torch.cat([prompt_positions, positions.flatten(1)], 1),
+            use_cache=False,
+            keep=1 + K * (T - 1),
+            shared_prompt=PackedPrompt(P, K, T - 1, padding, layer_windows(model)),
+        )
     # The token after the prompt is drawn from one distribution in all K completions.
-    first = first[:, None].expand(B, K, 1, first.shape[-1])
-    if T == 1:
-        return first
-    cache.batch_repeat_interleave(K)
-    tokens = batch.completions_BKT.flatten(0, 1)
-    token_mask = batch.mask_BKT.flatten(0, 1).long()
-    prompt_mask = batch.prompt_mask_BP.repeat_interleave(K, 0)
-    positions = prompt_mask.sum(-1)[:, None] + torch.arange(T - 1, device=tokens.device)
-    rest = _states(
-        model,
-        hidden,
-        input_ids=tokens[:, :-1],
-        attention_mask=torch.cat([prompt_mask, token_mask[:, :-1]], 1),
-        # Padding stands at position 0: beyond a row's own tokens the context may end.
-        position_ids=positions * token_mask[:, :-1],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return torch.cat([first, rest.view(B, K, T - 1, -1)], 2)
+    first = states[:, :1, None].expand(-1, K, -1, -1)
+    return torch.cat([first, states[:, 1:].unflatten(1, (K, T - 1))], 2)
 
 
 def _whole_states(model: PreTrainedModel, batch: MicroBatch, hidden: bool) -> Tensor:

@@ -37,7 +37,7 @@ class Learner:
         self.policy = policy
         self.config = config
         self.optimizer = Optimizer(policy.model, config.learner)
-        self.path = choose_path(policy.model, config.learner.gradient_checkpointing)
+        self.path = choose_path(policy.model)
 
     def step(self, solved: Groups, posed: Groups | None, alpha: float, step: int = 0) -> StepResult:
         """One step down the gradient of L_Sol + α_Ch · L_Ch. Paper, Algorithm 1, Eq. 4 and 5.

@@ -1,27 +1,43 @@
-"""How much memory a run will take, by part, from its configuration alone. Loads no weights.
+"""How much memory a run will take, by phase and part, from its configuration alone. Loads no weights.
 
-Weights, gradients and moments are counted. What a micro-batch keeps for its backward pass is found by
-running the model's own forward pass on fake tensors, which have shapes and types but no numbers: right
-for every architecture, attention kernel and adapter, and done in a second or two.
+What stays is arithmetic: weights, masters, moments, gradients. What passes is found by running the
+model's own passes, forward and backward, on fake tensors, which have shapes and types but no numbers,
+and counting the bytes that are alive: right for every architecture, attention kernel and adapter.
 """
 
 from __future__ import annotations
 
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from language_self_play.config import Config, RewardModelReward
-from language_self_play.forward import ForwardPath, checkpointed_layers, logits_rows, states
+from language_self_play.forward import (
+    ForwardPath,
+    checkpointed_layers,
+    logprobs_of_states,
+    states,
+)
+from language_self_play.logprobs import draw_tokens
+from language_self_play.optimizer import Optimizer
 from language_self_play.packing import MicroBatch, completions_at_once
 from language_self_play.policy import add_adapter
 from language_self_play.pretrained import (
@@ -30,18 +46,20 @@ from language_self_play.pretrained import (
     load_model_config,
     read,
     resolve_model,
+    vocabulary_size,
 )
+from language_self_play.shared_prompt import PIECE
 
 FLOAT32_BYTES = 4
-# On the CPU, what a pass takes and gives back is not all used again: the allocator of the C library
-# keeps it in pieces. Measured by benchmarks/memory.py at 1.3 to 1.7 times what is in use.
-CPU_SLACK = 1.5
 # AdamW's two moments, bytes a weight. Of 8 bits: and a float32 scale for each block of 256.
 MOMENT_BYTES = {"adamw": 8.0, "adamw_fused": 8.0, "adamw_8bit": 2 + 8 / 256}
-# Float32 copies of the logits at the height of their backward pass: scaled, exponentials, gradients.
-LOGIT_COPIES_LEARNING = 4
-# The same while a token is drawn: scaled, probabilities, and their sum in float64.
-LOGIT_COPIES_SAMPLING = 5
+# On the CPU glibc keeps freed blocks of up to 32 MiB in its heap, where small objects that live on hold
+# them apart, so not all is used again. What is lost, as a part of the blocks that a pass takes and gives
+# back: benchmarks/RESULTS.md has 0 to 0.9, and nothing where the variable below returns blocks at once.
+HEAP_LOSS = 0.5
+HEAP_BLOCK = 32 * 2**20
+BLOCKS_ARE_RETURNED = "MALLOC_MMAP_THRESHOLD_"
+LOST = "lost in the C library's heap"
 
 
 @dataclass(frozen=True)
@@ -56,22 +74,24 @@ class Turn:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by part. What is needed only while sampling, or only while learning, is never together."""
+    """Bytes by part: what is there always, and beside it in each phase, one phase at a time."""
 
     device: str
     always: dict[str, int]
-    sampling: dict[str, int]
-    learning: dict[str, int]
+    phases: dict[str, dict[str, int]]
 
     @property
     def peak(self) -> int:
-        passing = (sum(self.sampling.values()), sum(self.learning.values()))
-        return sum(self.always.values()) + max(passing)
+        passing = max(sum(parts.values()) for parts in self.phases.values())
+        return sum(self.always.values()) + passing
 
 
-def memory_estimate(config: Config, turns: list[Turn]) -> MemoryEstimate:
+def memory_estimate(
+    config: Config, turns: list[Turn], judging: Turn | None = None
+) -> MemoryEstimate:
     """Memory of the policy's device for a step in which every completion is as long as it may be.
 
+    `judging` is what the reference is asked as judge: of each pair, a prompt and a reply.
     Raises ModelError for a model that can't be had.
     """
     device = choose_device(config.device)
@@ -79,62 +99,270 @@ def memory_estimate(config: Config, turns: list[Turn]) -> MemoryEstimate:
     model_config = load_model_config(config.policy.path, config.policy.trust_remote_code)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _fake_model(config, model_config, dtype, device)
-        trained = [p for p in model.parameters() if p.requires_grad]
         weights = sum(p.nbytes for p in model.parameters())
-        num_trained = sum(p.numel() for p in trained)
-        num_rounded = sum(p.numel() for p in trained if p.dtype != torch.float32)
-        kept = [_kept_for_backward(model, config, turn) for turn in turns]
+        # The kind of AdamW makes no difference to the masters and gradients that are wanted here.
+        optimizer = Optimizer(model, config.learner.model_copy(update={"optimizer": "adamw"}))
+        trained = list(optimizer.weights.values())
+        masters = [w for n, w in optimizer.weights.items() if w is not optimizer.parameters[n]]
+        num_trained = sum(w.numel() for w in trained)
+        phases = {
+            "sampling": _largest([_sampling(model, config, turn) for turn in turns]),
+            "judging": {} if judging is None else _judging(model, config, judging),
+            "learning": _largest([_learning(model, config, trained, turn) for turn in turns]),
+        }
+        models, phases["reward"] = _reward_models(config, device, turns)
+    gradients = FLOAT32_BYTES * num_trained
+    phases["update"] = {
+        "gradients": gradients,
+        "AdamW at work": _update(config, device, trained),
+    }
     full = config.policy.lora is None
+    merged = (
+        0 if full or device.type != "cpu" else weights
+    )  # from a GPU it goes to the CPU's memory
+    phases["saving"] = {"a copy with the adapter merged in": merged}
     always = {
         "policy": weights,
         "reference": weights if config.needs_reference and full else 0,
-        "float32 masters of the weights": FLOAT32_BYTES * num_rounded,
+        "float32 masters of the weights": sum(w.nbytes for w in masters),
         "AdamW's moments": int(MOMENT_BYTES[config.learner.optimizer] * num_trained),
-        **_reward_models(config, dtype),
+        **models,
     }
-    vocabulary, width = model_config.get_text_config().vocab_size, dtype.itemsize
-    rows = min(config.rollout.batch_size, max(turn.groups * turn.K for turn in turns))
-    longest = max(turn.P + turn.T for turn in turns)
-    largest = [_largest_micro_batch(turn, config) for turn in turns]
-    tokens = max(B * K * turn.T for (B, K), turn in zip(largest, turns, strict=True))
-    drawn = FLOAT32_BYTES * LOGIT_COPIES_SAMPLING + width
-    learned = FLOAT32_BYTES * LOGIT_COPIES_LEARNING + width
-    slack = CPU_SLACK if device.type == "cpu" else 1.0
-    return MemoryEstimate(
-        str(device),
-        always,
-        {
-            "key-value cache": rows * longest * _cache_bytes_per_token(model_config, width),
-            "logits of a token": rows * vocabulary * drawn,
-        },
-        {
-            "gradients": FLOAT32_BYTES * num_trained,
-            "activations of a micro-batch": int(slack * max(kept)),
-            "logits, a piece at a time": min(tokens, logits_rows(vocabulary))
-            * vocabulary
-            * learned,
-        },
-    )
+    return MemoryEstimate(str(device), always, phases)
+
+
+def largest_micro_batch(turn: Turn, config: Config) -> tuple[int, int]:
+    """(B, K) of the largest micro-batch that packing makes of the turn; see packing.py."""
+    budget = config.learner.tokens_per_micro_batch
+    shared_prompt = not config.learner.gradient_checkpointing
+    K = min(turn.K, completions_at_once(budget, turn.P, turn.T, shared_prompt))
+    tokens = (1 if shared_prompt else K) * turn.P + K * turn.T
+    return min(turn.groups * -(-turn.K // K), max(1, budget // tokens)), K
+
+
+# ---------------------------------------------------------------- counting
+
+
+class LiveBytes(TorchDispatchMode):
+    """While active, counts the bytes of tensors that operations make, until they are freed.
+
+    `now` and at `most`, and of those in blocks that the C library's heap would hold `most_in_heap`.
+    `known` tensors and their views are not counted.
+    """
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.now = self.most = 0
+        self._in_heap = self.most_in_heap = 0
+        self._known = [t.untyped_storage() for t in known]  # held: no other gets their addresses
+        self._sizes = {storage._cdata: 0 for storage in self._known}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self._sizes:
+            self._sizes[address] = storage.nbytes()
+            self._add(storage.nbytes(), 1)
+            weakref.finalize(storage, self._forget, address)
+
+    def _forget(self, address: int) -> None:
+        self._add(self._sizes.pop(address), -1)
+
+    def _add(self, size: int, sign: int) -> None:
+        self.now += sign * size
+        self.most = max(self.most, self.now)
+        if size <= HEAP_BLOCK:
+            self._in_heap += sign * size
+            self.most_in_heap = max(self.most_in_heap, self._in_heap)
+
+
+@contextmanager
+def _counted(model: PreTrainedModel, *known: Tensor) -> Iterator[LiveBytes]:
+    """Beside the model's own tensors and those `known`."""
+    own = [*model.parameters(), *model.buffers(), *known]
+    with LiveBytes(own) as count:
+        yield count
+
+
+# ---------------------------------------------------------------- phases
+
+
+def _sampling(model: PreTrainedModel, config: Config, turn: Turn) -> dict[str, int]:
+    """One decoded batch: its distinct prompts' pass, then rows that grow to their full length."""
+    rows = min(config.rollout.batch_size, turn.groups * turn.K)
+    return _decoding(model, rows, min(turn.groups, max(1, rows // turn.K)), turn)
+
+
+def _decoding(model: PreTrainedModel, rows: int, prompts: int, turn: Turn) -> dict[str, int]:
+    of_prompts, reading, lost = _reading(model, prompts, turn.P)
+    own = -(-turn.T // PIECE) * PIECE  # buffers grow by pieces
+    cache = of_prompts + rows * own * of_prompts // (prompts * turn.P)
+    return {
+        "keys and values": cache,
+        "a pass over the prompts, or the draw of a token": max(
+            of_prompts + reading - cache, _drawing(model, rows)
+        ),
+        **lost,
+    }
+
+
+def _judging(model: PreTrainedModel, config: Config, turn: Turn) -> dict[str, int]:
+    """The reference as judge: it writes replies, or reads whole prompts once."""
+    if config.self_reward.mode == "generate":
+        rows = min(config.rollout.batch_size, turn.groups)
+        return _decoding(model, rows, rows, turn)
+    budget = config.learner.tokens_per_micro_batch
+    rows = min(turn.groups, max(1, budget // turn.P))
+    cache, reading, lost = _reading(model, rows, turn.P)
+    return {"keys and values": cache, "a pass over the prompts": reading, **lost}
+
+
+def _reading(model: PreTrainedModel, rows: int, length: int) -> tuple[int, int, dict[str, int]]:
+    """Bytes of the cache of a pass over prompts, what the pass takes beside it, and what is lost."""
+    inputs = _ones(model.device, rows, length)
+    with torch.no_grad(), _counted(model, inputs) as count:
+        cache = DynamicCache(config=model.config)
+        model(
+            input_ids=inputs,
+            attention_mask=inputs,
+            position_ids=inputs,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        kept = count.now
+    return kept, count.most - kept, _lost(model.device, count)
+
+
+def _drawing(model: PreTrainedModel, rows: int) -> int:
+    """Bytes with which a token is drawn for each row, the logits of this and the last one."""
+    shape = rows, vocabulary_size(model)
+    uniforms = torch.empty(rows, dtype=torch.float64, device="cpu")
+    with torch.no_grad(), LiveBytes([]) as count:
+        last = torch.empty(shape, dtype=model.dtype, device=model.device)
+        draw_tokens(last.clone(), uniforms, 1.0)
+    return count.most
+
+
+def _learning(
+    model: PreTrainedModel, config: Config, trained: list[Tensor], turn: Turn
+) -> dict[str, int]:
+    """Forward and backward pass of the role's largest micro-batch, beside all gradients."""
+    B, K = largest_micro_batch(turn, config)
+    again = config.learner.gradient_checkpointing
+    batch = _fake_batch(B, turn.P, K, turn.T, model.device)
+    # The CPU's attention to one copy of the prompts reads numbers, which fake tensors have not; their
+    # cache is repeated here, which takes more.
+    path = ForwardPath(shared_prompt=not again, repeated_cache=True)
+    for weight in trained:  # those of the micro-batches before it
+        weight.grad = torch.zeros_like(weight)
+    gradients = [weight.grad for weight in trained if weight.grad is not None]
+    with _counted(model, *trained, *gradients, *vars(batch).values()) as count:
+        with checkpointed_layers(model, again):
+            before = states(model, batch, path).flatten(0, 2)
+            kept = count.now
+            logprobs = logprobs_of_states(model, before, batch.completions_BKT.flatten(), 1.0)
+        logprobs.sum().backward()
+        for weight in trained:
+            weight.grad = None
+    return {
+        "gradients": sum(g.nbytes for g in gradients),
+        "kept by the forward pass of a micro-batch": kept,
+        "logits and backward pass": count.most - kept,
+        **_lost(model.device, count),
+    }
+
+
+def _update(config: Config, device: torch.device, trained: list[Tensor]) -> int:
+    """Bytes that AdamW takes to work: of all weights on a GPU, of one at a time elsewhere."""
+    sizes = [w.nbytes for w in trained]
+    if config.learner.optimizer == "adamw" and device.type == "cuda":
+        return sum(sizes)  # torch's foreach form: the square roots of all second moments
+    return 2 * max(sizes) if config.learner.optimizer == "adamw" else 0
+
+
+def _reward_models(
+    config: Config, device: torch.device, turns: list[Turn]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Weights of the reward models that share the policy's device, and what the largest pass takes."""
+    weights, passes = {}, [dict[str, int]()]
+    for name, section in config.reward.items():
+        if not isinstance(section, RewardModelReward):
+            continue
+        if section.device not in ("auto", config.device, str(device)):
+            continue
+        dtype = choose_dtype(config.dtype if section.dtype == "auto" else section.dtype, device)
+        model = _fake_reward_model(name, section, dtype, device)
+        weights[f"reward model {name!r}"] = sum(p.nbytes for p in model.parameters())
+        length = min(section.max_tokens, max(turn.P + turn.T for turn in turns))
+        pairs = max(turn.groups * turn.K for turn in turns)
+        inputs = _ones(device, min(pairs, max(1, section.tokens_per_batch // length)), length)
+        with torch.no_grad(), _counted(model, inputs) as count:
+            model(input_ids=inputs, attention_mask=inputs, use_cache=False)
+        passes.append({"a pass of the reward model": count.most, **_lost(device, count)})
+    return weights, _largest(passes)
+
+
+def _lost(device: torch.device, count: LiveBytes) -> dict[str, int]:
+    """What the allocator loses of a pass's blocks; on GPUs torch has its own."""
+    if device.type != "cpu" or BLOCKS_ARE_RETURNED in os.environ:
+        return {}
+    return {LOST: int(HEAP_LOSS * count.most_in_heap)}
+
+
+def _largest(phases: list[dict[str, int]]) -> dict[str, int]:
+    return max(phases, key=lambda parts: sum(parts.values()))
+
+
+# ---------------------------------------------------------------- fake models and batches
 
 
 def _fake_model(
     config: Config, model_config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The policy as it will be trained, of fake tensors on `device`. Called in a FakeTensorMode."""
-    remote_code = config.policy.trust_remote_code
+    path, remote_code = config.policy.path, config.policy.trust_remote_code
+    build = partial(AutoModelForCausalLM.from_config, dtype=dtype, trust_remote_code=remote_code)
     # PEFT can't be told to work on fake tensors, so they come last.
     with unset_fake_temporarily(), torch.device("meta"):
-        model = read(
-            config.policy.path,
-            lambda: AutoModelForCausalLM.from_config(
-                model_config, dtype=dtype, trust_remote_code=remote_code
-            ),
-        )
+        model = read(path, lambda: build(model_config))
         if config.policy.lora is not None:
-            add_adapter(model, config.policy.path, config.policy.lora, config.seed)
-    copies: dict[torch.Tensor, torch.Tensor] = {}  # tied weights stay tied
+            add_adapter(model, path, config.policy.lora, config.seed)
+    return _faked(model, device)
+
+
+def _fake_reward_model(
+    name: str, section: RewardModelReward, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    remote_code = section.trust_remote_code
+
+    def build() -> PreTrainedModel:
+        found = AutoConfig.from_pretrained(
+            resolve_model(section.path), trust_remote_code=remote_code
+        )
+        found.pad_token_id = 0  # without one it refuses more than one row
+        return AutoModelForSequenceClassification.from_config(
+            found, dtype=dtype, trust_remote_code=remote_code
+        )
+
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = read(section.path, build, f"reward.{name}.path")
+    return _faked(model, device)
+
+
+def _faked(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """`model` with fake tensors on `device` in place of its own; tied weights stay tied."""
+    copies: dict[Tensor, Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in tables:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor not in copies:
                     fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -146,86 +374,11 @@ def _fake_model(
     return model.eval()
 
 
-def _kept_for_backward(model: PreTrainedModel, config: Config, turn: Turn) -> int:
-    """Bytes that the forward pass of the role's largest micro-batch keeps beside the weights."""
-    again = config.learner.gradient_checkpointing
-    path = ForwardPath(shared_prompt=not again)
-    B, K = _largest_micro_batch(turn, config)
-    plain = _saved_bytes(model, _fake_batch(B, turn.P, K, turn.T, model.device), path, False)
-    if not again:
-        return plain
-    # One layer at a time is computed again and kept whole.
-    one_layer = plain // model.config.get_text_config().num_hidden_layers
-    return one_layer + _saved_bytes(
-        model, _fake_batch(B, turn.P, K, turn.T, model.device), path, True
-    )
-
-
-def _largest_micro_batch(turn: Turn, config: Config) -> tuple[int, int]:
-    """(B, K) of the largest micro-batch that packing makes of the turn; see packing.py."""
-    budget = config.learner.tokens_per_micro_batch
-    shared_prompt = not config.learner.gradient_checkpointing
-    K = min(turn.K, completions_at_once(budget, turn.P, turn.T, shared_prompt))
-    slices = turn.groups * -(-turn.K // K)
-    tokens = (1 if shared_prompt else K) * turn.P + K * turn.T
-    return min(slices, max(1, budget // tokens)), K
+def _ones(device: torch.device, *shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.int64, device=device)
 
 
 def _fake_batch(B: int, P: int, K: int, T: int, device: torch.device) -> MicroBatch:
-    def ones(*shape: int) -> torch.Tensor:
-        return torch.ones(shape, dtype=torch.int64, device=device)
-
+    ones = partial(_ones, device)
     mask = torch.ones(B, K, T, dtype=torch.bool, device=device)
     return MicroBatch(ones(B, P), ones(B, P), ones(B, K, T), mask, ones(B, K), ones(B, K))
-
-
-def _saved_bytes(
-    model: PreTrainedModel, batch: MicroBatch, path: ForwardPath, checkpointed: bool
-) -> int:
-    """Bytes of the distinct tensors that autograd saves in the pass through the decoder."""
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage  # held, so that no other gets its address
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with checkpointed_layers(model, checkpointed), hooks:
-        states(model, batch, path)
-    return sum(s.nbytes() for address, s in saved.items() if address not in weights)
-
-
-def _cache_bytes_per_token(model_config: PreTrainedConfig, width: int) -> int:
-    """Keys and values of all layers for one token."""
-    text = model_config.get_text_config()
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return 2 * text.num_hidden_layers * kv_heads * head_size * width
-
-
-def _reward_models(config: Config, dtype: torch.dtype) -> dict[str, int]:
-    """Weights of the reward models that share the policy's device."""
-    sizes = {}
-    for name, section in config.reward.items():
-        if not isinstance(section, RewardModelReward) or section.device not in (
-            "auto",
-            config.device,
-        ):
-            continue
-        path, remote_code = section.path, section.trust_remote_code
-        setting = f"reward.{name}.path"
-
-        def build(path: str = path, remote_code: bool = remote_code) -> nn.Module:
-            found = AutoConfig.from_pretrained(resolve_model(path), trust_remote_code=remote_code)
-            with torch.device("meta"):
-                return AutoModelForSequenceClassification.from_config(
-                    found, trust_remote_code=remote_code
-                )
-
-        model = read(path, build, setting)
-        own = dtype if section.dtype == "auto" else getattr(torch, section.dtype)
-        sizes[f"reward model {name!r}"] = own.itemsize * sum(p.numel() for p in model.parameters())
-    return sizes

@@ -34,7 +34,8 @@ def print_plan(config: Config) -> None:
     for name, value in batch_arithmetic(config, turns).items():
         table.add_row(name, f"{value:,}")
     console.print(table)
-    console.print(_memory_table(memory_estimate(config, list(turns.values()))))
+    estimate = memory_estimate(config, list(turns.values()), judge_turn(config))
+    console.print(_memory_table(estimate))
     console.print("No weights were loaded. Run it without --dry-run to play.")
 
 
@@ -45,18 +46,13 @@ def _memory_table(estimate: MemoryEstimate) -> Table:
     table.add_column("when")
     table.add_column("part")
     table.add_column("GiB", justify="right")
-    phases = {
-        "always": estimate.always,
-        "sampling": estimate.sampling,
-        "learning": estimate.learning,
-    }
-    for when, parts in phases.items():
+    for when, parts in {"always": estimate.always, **estimate.phases}.items():
         for name, size in parts.items():
             if size:
                 table.add_row(when, name, f"{size / BYTES_PER_GIB:.3f}")
         table.add_section()
     peak = f"{estimate.peak / BYTES_PER_GIB:.3f}"
-    table.add_row("peak", "always, and the larger of the others", peak, style="bold")
+    table.add_row("peak", "always, and the largest of the others", peak, style="bold")
     return table
 
 
@@ -85,6 +81,37 @@ def longest_turns(config: Config) -> dict[str, Turn]:
     }
 
 
+def judge_turn(config: Config) -> Turn | None:
+    """What the reference is asked as judge, once for each answer; None in other algorithms.
+
+    Its prompt is counted from where the prompts of a step begin to differ, in the mode that shares
+    their common beginning.
+    """
+    from language_self_play.chat import load_chat
+    from language_self_play.memory import Turn
+    from language_self_play.pretrained import context_length, load_model_config
+    from language_self_play.rewards.self_reward import JudgeQuestions
+
+    if config.algorithm != "lsp":
+        return None
+    chat, section = load_chat(config.policy), config.self_reward
+    model_config = load_model_config(config.policy.path, config.policy.trust_remote_code)
+    context = context_length(model_config)
+    questions = JudgeQuestions(section, chat, context)
+    pairs = config.challenger.num_queries * config.solver.group_size
+    said = config.challenger.max_tokens + config.solver.max_tokens
+    if section.mode == "criteria":
+        empty = questions.criterion_prompts([("", "")])
+        return Turn(pairs * len(empty), min(max(map(len, empty)) + said, context), 1, 1)
+    longest = len(questions.prompts([("", "")])[0]) + said
+    if section.mode == "expected":
+        return Turn(pairs, min(longest, context), 1, 1)
+    one, other = questions.prompts([("1", "1"), ("2", "2")])
+    alike = [a == b for a, b in zip(one, other, strict=True)]
+    common = alike.index(False) if False in alike else 0
+    return Turn(pairs, min(longest, context) - common, 1, section.max_tokens)
+
+
 def batch_arithmetic(config: Config, turns: dict[str, Turn]) -> dict[str, int]:
     """Sequences, and at most how many tokens and micro-batches, of one step; the number of steps."""
     N, G = config.challenger.num_queries, config.solver.group_size
@@ -100,13 +127,10 @@ def batch_arithmetic(config: Config, turns: dict[str, Turn]) -> dict[str, int]:
 
 def _learned(config: Config, turn: Turn) -> tuple[int, int]:
     """(tokens, micro-batches) of a turn that is as long as it may be; see packing.py."""
-    from language_self_play.packing import completions_at_once
+    from language_self_play.memory import largest_micro_batch
 
-    budget = config.learner.tokens_per_micro_batch
+    B, K = largest_micro_batch(turn, config)
+    slices = turn.groups * -(-turn.K // K)
     shared_prompt = not config.learner.gradient_checkpointing
-    rows = min(turn.K, completions_at_once(budget, turn.P, turn.T, shared_prompt))
-    slices = turn.groups * -(-turn.K // rows)
     prompts = slices if shared_prompt else turn.groups * turn.K
-    tokens = (1 if shared_prompt else rows) * turn.P + rows * turn.T
-    slices_at_once = max(1, budget // tokens)
-    return prompts * turn.P + turn.groups * turn.K * turn.T, -(-slices // slices_at_once)
+    return prompts * turn.P + turn.groups * turn.K * turn.T, -(-slices // B)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from language_self_play.packing import pad_left
-from language_self_play.shared_prompt import SharedPrompt, go_on
+from language_self_play.shared_prompt import SharedPrompt, go_on, layer_windows
 
 # Tokens that prompts must have in common for a pass of their own over them: on small models a pass
 # takes about as long whatever it computes.
@@ -79,11 +79,7 @@ def beginning_length(model: PreTrainedModel, prompts: list[list[int]]) -> int:
     first, last = min(prompts), max(prompts)  # in their order all others lie between
     shortest = min(map(len, prompts))
     common = next((i for i in range(shortest - 1) if first[i] != last[i]), shortest - 1)
-    windows = [w for layer in DynamicCache(config=model.config).layers if (w := _window(layer))]
+    windows = [window for window in layer_windows(model) if window]
     if common < SHORTEST_BEGINNING or (windows and max(map(len, prompts)) >= min(windows)):
         return 0
     return common
-
-
-def _window(layer: object) -> int | None:
-    return getattr(layer, "sliding_window", None)

@@ -15,13 +15,15 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from language_self_play.config import Config
 from language_self_play.errors import ConfigError, NonFiniteError, RunFolderError
 from language_self_play.recipe_files import load_recipe, merge
 
 Record = dict[str, Any]
+# What of a trained model a run holds: all its weights, or its adapter alone.
+Part = Literal["model", "adapter"]
 
 # What a resumed run may change: how long it runs, and cadences.
 RESUMABLE = ("steps", "eval.every", "checkpoint.", "log.")

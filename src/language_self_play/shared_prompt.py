@@ -6,10 +6,8 @@ their own behind them, in buffers that grow a piece at a time:
     prompt  (B, H, P, D)    padded on the left
     own     (R, H, L, D)    the l-th of every row stands l places behind its prompt
 
-A query attends to both parts apart, all rows of a prompt in one product, and the two results are
-merged by the log-sum-exp of their scores, which is exact (Juravsky et al. 2024, "Hydragen",
-arXiv 2402.05099). Nothing is copied per step. Sliding windows and capped scores are known here; other
-kinds of attention are not; forward.py finds out which a model has.
+Nothing is copied per token. Sliding windows and capped scores are known here; other kinds of attention
+are not: forward.py finds out which a model has.
 
 Axes beside those of types.py: R rows, H key-value heads, Q query tokens, D head size, L own tokens.
 """
@@ -25,7 +23,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-# The name under which transformers' attention layers find `attend_to_prompt_and_own`.
+from language_self_play.attention import Mapping, merged_attention, own_keys, prompt_keys
+from language_self_play.packed_prompt import PackedPrompt
+
+# The name under which transformers' attention layers find `attend_by_layout`.
 ATTENTION = "shared_prompt"
 # Tokens by which a row's buffer grows: a copy of it is made once in so many tokens.
 PIECE = 128
@@ -133,23 +134,51 @@ class SharedPrompt(Cache):
         """(R, H, M, ·) -> (B, H, K · M, ·): the rows of a prompt side by side, 0 where it has fewer."""
         if self.place is not None:
             x = x.new_zeros(self.B * self.K, *x.shape[1:]).index_copy_(0, self.place, x)
-        _, H, M, D = x.shape
-        return x.view(self.B, self.K, H, M, D).transpose(1, 2).reshape(self.B, H, self.K * M, D)
+        x = x.unflatten(0, (self.B, self.K)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
-    def by_row(self, x: Tensor, M: int) -> Tensor:
+    def by_row(self, x: Tensor) -> Tensor:
         """The inverse of `by_prompt`."""
-        x = x.view(self.B, x.shape[1], self.K, M, -1).transpose(1, 2).flatten(0, 1)
+        x = x.unflatten(2, (self.K, -1)).transpose(1, 2).flatten(0, 1)
         return x if self.place is None else x[self.place]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention of the rows' last Q tokens, (R, heads, Q, D), to all L own and to the prompts."""
+        Q, H, L = query.shape[2], key.shape[1], key.shape[2]
+        of_layer = self.of_layer[layer]
+        window = of_layer.window
+        grouped = query.unflatten(1, (H, -1))  # q query heads share a key's head
+        q = grouped.shape[2]
+        own = own_keys(key, value, Q, q, window, self.own_padding_RL)
+        prompts = of_layer.prompt_keys, of_layer.prompt_values
+        shared = prompt_keys(*prompts, Q, self.K * q, L - Q, window, self.padding_BP)
+        mapping = Mapping(self.by_prompt, self.by_row)
+        return merged_attention(grouped, own, shared, mapping, scale, softcap).flatten(1, 2)
+
+
+def layer_windows(model: PreTrainedModel) -> list[int | None]:
+    """How many keys each layer's attention sees, itself included; None for all."""
+    layers = DynamicCache(config=model.config).layers
+    return [getattr(layer, "sliding_window", None) for layer in layers]
 
 
 def go_on(model: PreTrainedModel, cache: SharedPrompt, **inputs: Any) -> Tensor:
     """The model's logits of rows behind the prompts of `cache`: inputs as for its forward pass."""
-    with _attention(model):
+    with attention_to_shared_prompts(model):
         return model(past_key_values=cache, use_cache=True, shared_prompt=cache, **inputs).logits
 
 
 @contextmanager
-def _attention(model: PreTrainedModel) -> Iterator[None]:
+def attention_to_shared_prompts(model: PreTrainedModel) -> Iterator[None]:
+    """While active, a forward pass takes `shared_prompt`: the layout that does its attention."""
     config = model.config.get_text_config()
     before = config._attn_implementation
     config._attn_implementation = ATTENTION
@@ -159,116 +188,26 @@ def _attention(model: PreTrainedModel) -> Iterator[None]:
         config._attn_implementation = before
 
 
-# ---------------------------------------------------------------- attention
-
-
-def attend_to_prompt_and_own(
+def attend_by_layout(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    shared_prompt: SharedPrompt,
+    shared_prompt: SharedPrompt | PackedPrompt,
     scaling: float,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: `query` (R, heads, Q, D), `key` and `value` (R, H, L, D).
-
-    The queries are the rows' last Q tokens. Returns (R, Q, heads, D).
-    """
-    R, heads, Q, D = query.shape
-    H, L = key.shape[1], key.shape[2]
-    layer = shared_prompt.of_layer[module.layer_idx]  # type: ignore[index]
-    grouped = query.reshape(R, H, -1, D)  # a key's query heads beside each other: (R, H, M, D)
-    M = grouped.shape[2]
-    window = layer.window
-
-    # Keys beyond the window of the first query are left out, those beyond others' are hidden.
-    first = L - Q
-    start = 0 if window is None else max(0, first + 1 - window)
-    hidden = None
-    if Q > 1:
-        distance = _distance(Q, L, first, query.device)[:, start:]
-        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        hidden = hidden.repeat(heads // H, 1)
-    if shared_prompt.own_padding_RL is not None:
-        padding = shared_prompt.own_padding_RL
-        padding = nn.functional.pad(padding, (0, L - padding.shape[1]))[:, None, None, start:]
-        hidden = padding if hidden is None else hidden | padding
-    own, own_lse = attend(grouped, key[:, :, start:], value[:, :, start:], scaling, hidden, softcap)
-
-    P = layer.prompt_keys.shape[2]
-    visible = P if window is None else min(P, window - 1 - first)
-    if visible <= 0:
-        return _as_rows(own, R, Q), None
-    hidden = None
-    if shared_prompt.padding_BP is not None:
-        hidden = shared_prompt.padding_BP[:, None, None, -visible:]
-    if Q > 1 and window is not None:
-        far = _distance(Q, visible, first + visible, query.device) >= window
-        far = far.repeat(shared_prompt.K * heads // H, 1)
-        hidden = far if hidden is None else hidden | far
-    shared, shared_lse = attend(
-        shared_prompt.by_prompt(grouped),
-        layer.prompt_keys[:, :, -visible:],
-        layer.prompt_values[:, :, -visible:],
-        scaling,
-        hidden,
-        softcap,
-    )
-    shared = shared_prompt.by_row(shared, M)
-    shared_lse = shared_prompt.by_row(shared_lse[..., None], M)
-    weight = torch.sigmoid(own_lse[..., None] - shared_lse)
-    merged = torch.lerp(shared.to(weight.dtype), own.to(weight.dtype), weight).to(query.dtype)
-    return _as_rows(merged, R, Q), None
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    hidden: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ) v over the keys that are not hidden, and the scores' log-sum-exp, float32.
-
-    `query` is (B, H, M, D), `key` and `value` (B, H, P, D), `hidden` a mask that broadcasts to
-    (B, H, M, P). With `softcap` c a score s becomes c · tanh(s / c) (Gemma 2).
-    """
-    # Not -∞: where all keys are hidden, what is merged must be finite.
-    lowest = torch.finfo(query.dtype).min
-    if query.device.type == "cpu" and softcap is None and key.shape[-1] == value.shape[-1]:
-        mask = None
-        if hidden is not None:
-            mask = query.new_zeros(hidden.shape).masked_fill_(hidden, lowest)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=mask, scale=scale
-        )
-    scores = (query @ key.mT).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, lowest)
-    lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp().to(value.dtype) @ value, lse
-
-
-def _as_rows(x: Tensor, R: int, Q: int) -> Tensor:
-    """(R, H, heads / H · Q, D) -> (R, Q, heads, D)."""
-    return x.reshape(R, -1, Q, x.shape[-1]).transpose(1, 2)
-
-
-def _distance(Q: int, L: int, first: int, device: torch.device) -> Tensor:
-    """How many places the i-th of Q queries, at place `first` + i, stands behind the l-th of L keys."""
-    queries = torch.arange(Q, device=device)[:, None] + first
-    return queries - torch.arange(L, device=device)
+    """transformers' attention interface: (R, heads, Q, D) and (R, H, L, D) to (R, Q, heads, D)."""
+    layer: Any = module.layer_idx
+    out = shared_prompt.attend(layer, query, key, value, scaling, softcap)
+    return out.transpose(1, 2), None
 
 
 def _buffer(like: Tensor, rows: int, capacity: int) -> Tensor:
     return like.new_empty(rows, like.shape[1], capacity, like.shape[3])
 
 
-AttentionInterface.register(ATTENTION, attend_to_prompt_and_own)
+AttentionInterface.register(ATTENTION, attend_by_layout)

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("language_self_play.cli.train", "play the game and learn from it"),
     "eval": ("language_self_play.cli.evaluate", "measure a model: accuracy"),
     "play": ("language_self_play.cli.play", "watch a model play both roles, or play against it"),
+    "push": ("language_self_play.cli.push", "upload a trained model to the Hugging Face hub"),
     "recipes": ("language_self_play.cli.recipes", "list, show and copy the shipped recipes"),
     "config": ("language_self_play.cli.config", "every setting with type, default and meaning"),
 }

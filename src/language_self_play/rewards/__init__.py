@@ -84,11 +84,11 @@ class RewardSum:
         return total
 
     def costs(self) -> dict[str, float]:
-        """`NAME_what` -> number, of the last call."""
+        """`NAME_what` -> number, of the last call; nothing if there was nothing to ask about."""
         return {
             f"{name}_{what}": value
-            for name, (_, reward) in self.terms.items()
-            for what, value in reward.costs().items()
+            for name in self.parts
+            for what, value in self.terms[name][1].costs().items()
         }
 
     def close(self) -> None:

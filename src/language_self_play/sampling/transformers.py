@@ -16,11 +16,12 @@ from language_self_play.chat import Chat
 from language_self_play.config import Sampling
 from language_self_play.errors import NonFiniteError
 from language_self_play.forward import goes_on_from_shared_prompts
+from language_self_play.linear import linears_for_few_rows
 from language_self_play.logprobs import draw_tokens
 from language_self_play.prefill import Beginning, prefill
 from language_self_play.pretrained import context_length
 from language_self_play.randomness import stream_key, uniforms
-from language_self_play.sampling.decoding import Decoding, PlainDecoding, SharedDecoding
+from language_self_play.decoding import Decoding, PlainDecoding, SharedDecoding
 from language_self_play.types import Completion, FinishReason, Group, Role
 
 # Ended rows leave when they are one in so many: closing the gaps copies the others' keys and values.
@@ -60,15 +61,17 @@ class TransformersSampler:
             return []
         key = stream_key(self.seed, self.step, role)
         drawn: dict[Row, Drawn] = {}
-        for rows, decoding in self._batches(prompts, n):
-            drawn |= zip(rows, self._decode(decoding, rows, key, settings, max_tokens), strict=True)
+        with linears_for_few_rows(self.model):
+            for rows, decoding in self._batches(prompts, n):
+                completions = self._decode(decoding, rows, key, settings, max_tokens)
+                drawn |= zip(rows, completions, strict=True)
         order = [(i, j) for i in range(len(prompts)) for j in range(n)]
         texts = self.chat.decode([self._without_stop(drawn[row][0]) for row in order])
-        completions = [
+        played = [
             Completion(tokens, text, logprobs, self._finish_reason(tokens))
             for text, (tokens, logprobs) in zip(texts, (drawn[row] for row in order), strict=True)
         ]
-        return [Group(p, completions[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
+        return [Group(p, played[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
 
     def _batches(self, prompts: list[list[int]], n: int) -> Iterator[tuple[list[Row], Decoding]]:
         """Rows of at most batch_size completions, prompts of similar lengths together, prefilled."""
