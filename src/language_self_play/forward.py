@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from language_self_play.prefill import prefill
 from language_self_play.pretrained import vocabulary_size
 from language_self_play.shared_prompt import (
     SharedPrompt,
+    attention_of,
     attention_to_shared_prompts,
     go_on,
     layer_windows,
@@ -256,7 +257,15 @@ def checkpointed_layers(model: PreTrainedModel, active: bool) -> Iterator[None]:
             f"learner.gradient_checkpointing: {type(model).__name__} has no layers that can be"
             " computed again; leave it off"
         )
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+    def then_and_again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The backward pass, in which it happens, comes after the forward pass's attention is left."""
+        now = model.config.get_text_config()._attn_implementation
+        return nullcontext(), attention_of(model, now)
+
+    again = partial(
+        checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=then_and_again
+    )
     if active:
         for layer in layers:
             vars(layer)["_gradient_checkpointing_func"] = again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -72,12 +73,13 @@ class Learner:
         num_tokens = sum(int(b.mask_BKT.sum()) for b in batches)
         if num_completions == 0:
             return
-        references = self._reference_logprobs(batches, groups.temperature)
+        references: Iterable[Tensor | None] = self._reference_logprobs(batches, groups, beta)
         penalties = None
-        if references and section.kl == "reward" and beta:
+        if beta and section.kl == "reward":
+            references = list(references)
             penalties = self._kl_penalties(groups, beta, batches, references)
         kl_sum = entropy_sum = 0.0
-        for i, batch in enumerate(batches):
+        for batch, of_reference in zip(batches, references, strict=True):
             advantages_BK = batch.advantages_BK
             if penalties is not None:
                 advantages_BK = advantages_BK - penalties[batch.index_BK].to(advantages_BK.device)
@@ -87,9 +89,9 @@ class Learner:
                 logprobs = completion_logprobs(model, batch, groups.temperature, self.path)
             logprobs = logprobs.flatten(0, 1)
             terms = policy_gradient(logprobs, advantages_BK.flatten())
-            if references:
-                reference = references[i].flatten(0, 1)
-                if beta and section.kl != "reward":
+            if of_reference is not None:
+                reference = of_reference.flatten(0, 1)
+                if section.kl != "reward":
                     terms = terms + beta * kl_terms(logprobs, reference, section.kl)
                 kl_sum += kl_terms(logprobs.detach(), reference, "k3")[mask].sum().item()
             loss = weight * aggregate(terms, mask, section.aggregation, num_completions, num_tokens)
@@ -98,19 +100,27 @@ class Learner:
             entropy_sum -= logprobs.detach()[mask].sum().item()
         # On samples of π itself, the mean of -log π is an unbiased estimate of its entropy.
         result.entropy[role] = entropy_sum / num_tokens
-        if references:
+        if beta:
             result.kl[role] = kl_sum / num_tokens
 
-    @torch.no_grad()
-    def _reference_logprobs(self, batches: list[MicroBatch], temperature: float) -> list[Tensor]:
-        """log π_Ref of every micro-batch's tokens, (B, K, T); empty without a reference."""
-        if not self.policy.has_reference:
-            return []
-        with self.policy.as_reference() as reference:
-            return [completion_logprobs(reference, b, temperature, self.path) for b in batches]
+    def _reference_logprobs(
+        self, batches: list[MicroBatch], groups: Groups, beta: float
+    ) -> Iterator[Tensor | None]:
+        """log π_Ref of each micro-batch's tokens, (B, K, T), one after the other; None at β = 0."""
+        for batch in batches:
+            if not beta:
+                yield None
+                continue
+            with torch.no_grad(), self.policy.as_reference() as reference:
+                logprobs = completion_logprobs(reference, batch, groups.temperature, self.path)
+            yield logprobs
 
     def _kl_penalties(
-        self, groups: Groups, beta: float, batches: list[MicroBatch], references: list[Tensor]
+        self,
+        groups: Groups,
+        beta: float,
+        batches: list[MicroBatch],
+        references: list[Tensor | None],
     ) -> Tensor:
         """What the KL folded into the reward takes from each completion's advantage, flat.
 
@@ -121,9 +131,10 @@ class Learner:
         """
         if groups.keep is not None:
             batches = self._micro_batches(replace(groups, keep=None))
-            references = self._reference_logprobs(batches, groups.temperature)
+            references = list(self._reference_logprobs(batches, groups, beta))
         penalties = torch.tensor([sum(c.logprobs) for c in groups.completions()])
         for batch, reference in zip(batches, references, strict=True):
+            assert reference is not None, "β is positive"
             penalties[batch.index_BK] -= reference.sum(-1).cpu()
         return beta * centre(penalties.view(len(groups.groups), -1)).flatten()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import (
@@ -48,15 +48,16 @@ from language_self_play.pretrained import (
     resolve_model,
     vocabulary_size,
 )
-from language_self_play.shared_prompt import PIECE
+from language_self_play.shared_prompt import PIECE, attention_to_shared_prompts
 
 FLOAT32_BYTES = 4
 # AdamW's two moments, bytes a weight. Of 8 bits: and a float32 scale for each block of 256.
 MOMENT_BYTES = {"adamw": 8.0, "adamw_fused": 8.0, "adamw_8bit": 2 + 8 / 256}
 # On the CPU glibc keeps freed blocks of up to 32 MiB in its heap, where small objects that live on hold
 # them apart, so not all is used again. What is lost, as a part of the blocks that a pass takes and gives
-# back: benchmarks/RESULTS.md has 0 to 0.9, and nothing where the variable below returns blocks at once.
-HEAP_LOSS = 0.5
+# back; with adapters more, whose small tensors lie between the others. Nothing is lost where the variable
+# below returns blocks at once. Measured: benchmarks/RESULTS.md.
+HEAP_LOSS, HEAP_LOSS_OF_ADAPTERS = 0.5, 1.0
 HEAP_BLOCK = 32 * 2**20
 BLOCKS_ARE_RETURNED = "MALLOC_MMAP_THRESHOLD_"
 LOST = "lost in the C library's heap"
@@ -134,10 +135,9 @@ def memory_estimate(
 def largest_micro_batch(turn: Turn, config: Config) -> tuple[int, int]:
     """(B, K) of the largest micro-batch that packing makes of the turn; see packing.py."""
     budget = config.learner.tokens_per_micro_batch
-    shared_prompt = not config.learner.gradient_checkpointing
-    K = min(turn.K, completions_at_once(budget, turn.P, turn.T, shared_prompt))
-    tokens = (1 if shared_prompt else K) * turn.P + K * turn.T
-    return min(turn.groups * -(-turn.K // K), max(1, budget // tokens)), K
+    K = min(turn.K, completions_at_once(budget, turn.P, turn.T, shared_prompt=True))
+    slices = turn.groups * -(-turn.K // K)
+    return min(slices, max(1, budget // (turn.P + K * turn.T))), K
 
 
 # ---------------------------------------------------------------- counting
@@ -181,6 +181,18 @@ class LiveBytes(TorchDispatchMode):
         if size <= HEAP_BLOCK:
             self._in_heap += sign * size
             self.most_in_heap = max(self.most_in_heap, self._in_heap)
+
+
+class _FullBatch(TorchDispatchMode):
+    """Answers yes where a pass asks of fake tensors, which have no numbers, whether none is padding."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        asked = func is torch.ops.aten._local_scalar_dense.default
+        if asked and isinstance(args[0], FakeTensor) and args[0].dtype == torch.bool:
+            return True
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -238,7 +250,7 @@ def _reading(model: PreTrainedModel, rows: int, length: int) -> tuple[int, int, 
             logits_to_keep=1,
         )
         kept = count.now
-    return kept, count.most - kept, _lost(model.device, count)
+    return kept, count.most - kept, _lost(model, count)
 
 
 def _drawing(model: PreTrainedModel, rows: int) -> int:
@@ -258,25 +270,23 @@ def _learning(
     B, K = largest_micro_batch(turn, config)
     again = config.learner.gradient_checkpointing
     batch = _fake_batch(B, turn.P, K, turn.T, model.device)
-    # The CPU's attention to one copy of the prompts reads numbers, which fake tensors have not; their
-    # cache is repeated here, which takes more.
-    path = ForwardPath(shared_prompt=not again, repeated_cache=True)
     for weight in trained:  # those of the micro-batches before it
         weight.grad = torch.zeros_like(weight)
     gradients = [weight.grad for weight in trained if weight.grad is not None]
-    with _counted(model, *trained, *gradients, *vars(batch).values()) as count:
+    with _FullBatch(), _counted(model, *trained, *gradients, *vars(batch).values()) as count:
         with checkpointed_layers(model, again):
-            before = states(model, batch, path).flatten(0, 2)
+            before = states(model, batch, ForwardPath()).flatten(0, 2)
             kept = count.now
             logprobs = logprobs_of_states(model, before, batch.completions_BKT.flatten(), 1.0)
-        logprobs.sum().backward()
+        with attention_to_shared_prompts(model):  # for what is computed again
+            logprobs.sum().backward()
         for weight in trained:
             weight.grad = None
     return {
         "gradients": sum(g.nbytes for g in gradients),
         "kept by the forward pass of a micro-batch": kept,
         "logits and backward pass": count.most - kept,
-        **_lost(model.device, count),
+        **_lost(model, count),
     }
 
 
@@ -306,15 +316,17 @@ def _reward_models(
         inputs = _ones(device, min(pairs, max(1, section.tokens_per_batch // length)), length)
         with torch.no_grad(), _counted(model, inputs) as count:
             model(input_ids=inputs, attention_mask=inputs, use_cache=False)
-        passes.append({"a pass of the reward model": count.most, **_lost(device, count)})
+        passes.append({"a pass of the reward model": count.most, **_lost(model, count)})
     return weights, _largest(passes)
 
 
-def _lost(device: torch.device, count: LiveBytes) -> dict[str, int]:
+def _lost(model: PreTrainedModel, count: LiveBytes) -> dict[str, int]:
     """What the allocator loses of a pass's blocks; on GPUs torch has its own."""
-    if device.type != "cpu" or BLOCKS_ARE_RETURNED in os.environ:
+    if model.device.type != "cpu" or BLOCKS_ARE_RETURNED in os.environ:
         return {}
-    return {LOST: int(HEAP_LOSS * count.most_in_heap)}
+    adapted = any(".lora_" in name for name, _ in model.named_parameters())
+    loss = HEAP_LOSS_OF_ADAPTERS if adapted else HEAP_LOSS
+    return {LOST: int(loss * count.most_in_heap)}
 
 
 def _largest(phases: list[dict[str, int]]) -> dict[str, int]:

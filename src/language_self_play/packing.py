@@ -132,3 +132,18 @@ def pad_left(rows: Iterable[list[int]], pad_id: int, device: torch.device) -> tu
     tokens = torch.tensor([[pad_id] * (longest - len(r)) + r for r in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
     return tokens, mask
+
+
+def batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Places of rows that go through the model together, of similar length, the longest first.
+
+    With padding a batch holds at most `tokens_per_batch` tokens, but at least one row.
+    """
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch

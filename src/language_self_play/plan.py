@@ -131,6 +131,4 @@ def _learned(config: Config, turn: Turn) -> tuple[int, int]:
 
     B, K = largest_micro_batch(turn, config)
     slices = turn.groups * -(-turn.K // K)
-    shared_prompt = not config.learner.gradient_checkpointing
-    prompts = slices if shared_prompt else turn.groups * turn.K
-    return prompts * turn.P + turn.groups * turn.K * turn.T, -(-slices // B)
+    return slices * turn.P + turn.groups * turn.K * turn.T, -(-slices // B)

@@ -15,7 +15,7 @@ Axes beside those of types.py: R rows, H key-value heads, Q query tokens, D head
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -176,12 +176,17 @@ def go_on(model: PreTrainedModel, cache: SharedPrompt, **inputs: Any) -> Tensor:
         return model(past_key_values=cache, use_cache=True, shared_prompt=cache, **inputs).logits
 
 
-@contextmanager
-def attention_to_shared_prompts(model: PreTrainedModel) -> Iterator[None]:
+def attention_to_shared_prompts(model: PreTrainedModel) -> AbstractContextManager[None]:
     """While active, a forward pass takes `shared_prompt`: the layout that does its attention."""
+    return attention_of(model, ATTENTION)
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
+    """While active, the model's layers attend by the implementation of that name."""
     config = model.config.get_text_config()
     before = config._attn_implementation
-    config._attn_implementation = ATTENTION
+    config._attn_implementation = implementation
     try:
         yield
     finally:

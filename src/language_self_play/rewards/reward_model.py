@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from transformers import (
 from language_self_play.chat import special_tokens, without
 from language_self_play.config import Config, RewardModelReward
 from language_self_play.errors import ConfigError, ModelError, RewardError
+from language_self_play.packing import batches
 from language_self_play.pretrained import (
     announce_hub,
     choose_device,
@@ -350,21 +351,6 @@ def score_in_float32(model: PreTrainedModel) -> None:
     for head in heads[-1:]:
         head.float()
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
-
-
-def batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Places of rows that go through the model together, of similar length, the longest first.
-
-    With padding a batch holds at most `tokens_per_batch` tokens, but at least one row.
-    """
-    batch: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def bounded(scores: list[list[float]], bound: str) -> list[list[float]]:

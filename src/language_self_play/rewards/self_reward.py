@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from language_self_play.chat import Chat
 from language_self_play.config import Config, Sampling, SelfReward
 from language_self_play.errors import ConfigError
-from language_self_play.packing import pad_left
+from language_self_play.packing import batches
 from language_self_play.policy import Policy
+from language_self_play.prefill import Beginning, prefill
 from language_self_play.prompts import (
     MAX_SCORE,
     SCORE_PREFIX,
@@ -160,30 +161,23 @@ class QualityJudge:
 
         None for a prompt that the model's context does not hold.
         """
-        model, chat = self.sampler.model, self.sampler.chat
-        fitting = [i for i, prompt in enumerate(prompts) if self.questions.fits(prompt)]
-        order = sorted(fitting, key=lambda i: len(prompts[i]))
+        model, pad_id = self.sampler.model, self.sampler.chat.pad_id
         result: list[list[float] | None] = [None] * len(prompts)
-        start = 0
-        while start < len(order):
-            # Sorted by length: the last row of a batch is its longest.
-            end = start + 1
-            while end < len(order) and (
-                (end + 1 - start) * len(prompts[order[end]]) <= self.tokens_at_once
-            ):
-                end += 1
-            rows = order[start:end]
-            tokens, mask = pad_left([prompts[i] for i in rows], chat.pad_id, model.device)
-            logits = model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-                logits_to_keep=1,
-            ).logits[:, -1]
+        fitting = [i for i, prompt in enumerate(prompts) if self.questions.fits(prompt)]
+        asked = [prompts[i] for i in fitting]
+        # All of them begin with the same instructions.
+        shares = self.sampler.shares_prompts and len(asked) > 1
+        beginning = Beginning(model, asked, pad_id) if shares else None
+        skipped = beginning.length if beginning else 0
+        for places in batches([len(prompt) - skipped for prompt in asked], self.tokens_at_once):
+            some = [asked[i] for i in places]
+            if beginning and skipped:
+                logits = beginning.before(some).logits_RV
+            else:
+                logits = prefill(model, some, pad_id).logits_BV
             probabilities = logits[:, self.questions.choices].float().softmax(-1).tolist()
-            for i, row in zip(rows, probabilities, strict=True):
-                result[i] = row
-            start = end
+            for i, row in zip(places, probabilities, strict=True):
+                result[fitting[i]] = row
         return result
 
 

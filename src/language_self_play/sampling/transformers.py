@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from language_self_play.chat import Chat
 from language_self_play.config import Sampling
+from language_self_play.decoding import Decoding, PlainDecoding, SharedDecoding
 from language_self_play.errors import NonFiniteError
 from language_self_play.forward import goes_on_from_shared_prompts
 from language_self_play.linear import linears_for_few_rows
@@ -21,7 +22,6 @@ from language_self_play.logprobs import draw_tokens
 from language_self_play.prefill import Beginning, prefill
 from language_self_play.pretrained import context_length
 from language_self_play.randomness import stream_key, uniforms
-from language_self_play.decoding import Decoding, PlainDecoding, SharedDecoding
 from language_self_play.types import Completion, FinishReason, Group, Role
 
 # Ended rows leave when they are one in so many: closing the gaps copies the others' keys and values.
