@@ -310,6 +310,19 @@ def test_without_beta_no_estimator_matters(match, settings, kl):
     assert_same_gradient(found, expected)
 
 
+def test_a_role_without_a_kl_term_has_no_pass_of_the_reference(match, settings):
+    passes = []
+    match.reference.register_forward_pre_hook(lambda *_: passes.append(1))
+    result, _ = step(match, settings(solver_beta=0.0))
+    assert list(result.kl) == ["challenger"]
+    of_challenger = len(passes)
+    step(match, settings(challenger_beta=0.0))
+    of_solver = len(passes) - of_challenger
+    assert (of_challenger, of_solver) == (1, 1)
+    step(match, settings(0.0, 0.0))
+    assert len(passes) == of_challenger + of_solver
+
+
 def test_without_a_reference_there_is_a_policy_gradient_and_no_kl(match, settings):
     expected = match.gradient_of(match.naive_loss(match.solved, 0.0))
     match.reference = match.posed = None

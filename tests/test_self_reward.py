@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from language_self_play import prefill
 from language_self_play.chat import Chat
 from language_self_play.config import Config, Sampling, SelfReward
 from language_self_play.errors import ConfigError, NonFiniteError, RewardError
@@ -72,6 +73,28 @@ def test_expected_is_the_mean_digit_after_an_opening_score_tag(
 def test_the_weight_multiplies_the_score(tiny_llama, chat, digit_scores):
     judge = make_judge(tiny_llama, chat, "expected", weight=0.25)
     assert_close(judge(QUERIES, ANSWERS), 0.25 * torch.tensor(digit_scores), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 100_000])
+def test_the_rubrics_shared_beginning_is_computed_once(
+    tiny_llama, chat, tmp_path, monkeypatch, tokens_at_once
+):
+    rubric = tmp_path / "rubric.txt"
+    instructions = "abcdefgh" * 20
+    rubric.write_text(f"{instructions} {{query}} {{answer}}")
+    settings = {"rubric": str(rubric), "tokens_at_once": tokens_at_once}
+    monkeypatch.setattr(prefill, "SHORTEST_BEGINNING", 10_000)
+    apart = make_judge(tiny_llama, chat, "expected", **settings)(QUERIES, ANSWERS)
+    monkeypatch.undo()
+    judge, tokens = make_judge(tiny_llama, chat, "expected", **settings), []
+    tiny_llama.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    together = judge(QUERIES, ANSWERS)
+    assert_close(together, apart, rtol=1e-5, atol=0)
+    assert together.std() > 0.01
+    # Four pairs, each with a query and an answer of at most 12 and 22 characters.
+    assert len(instructions) < sum(tokens) < len(instructions) + 4 * 60
 
 
 def test_equal_pairs_are_asked_about_once(tiny_llama, chat, digit_scores):
