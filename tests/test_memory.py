@@ -69,6 +69,16 @@ def test_live_bytes_count_what_is_alive_and_no_views_and_no_known_tensors():
         assert (count.now, count.most) == (0, 8000)
 
 
+def test_tied_weights_are_counted_once(folder: Path):
+    found = AutoConfig.from_pretrained(folder)
+    found.tie_word_embeddings = True
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = memory._fake_model(config_of(folder), found, torch.float32, CPU)
+    assert fake.lm_head.weight is fake.model.embed_tokens.weight
+    real = LlamaForCausalLM(found)
+    assert sum(p.nbytes for p in fake.parameters()) == 4 * real.num_parameters()
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_what_fake_passes_take_is_what_real_ones_take(folder: Path, again: bool):
     learner = {"tokens_per_micro_batch": 100, "gradient_checkpointing": again}

@@ -167,6 +167,43 @@ def test_eight_bit_moments_checkpointed_layers_and_small_micro_batches_take_less
     assert small[KEPT] < 0.2 * kept
 
 
+def judging(**overrides):
+    from language_self_play.plan import judge_turn
+
+    return judge_turn(Config.from_recipe("recipe.toml", **overrides))
+
+
+@pytest.mark.usefixtures("here")
+def test_the_judge_is_asked_about_each_answer_at_its_longest():
+    from language_self_play.chat import load_chat
+    from language_self_play.rewards.self_reward import JudgeQuestions
+
+    config = Config.from_recipe("recipe.toml")
+    questions = JudgeQuestions(config.self_reward, load_chat(config.policy), 512)
+    [asked] = questions.prompts([("7" * 20, "7" * 12)])
+    assert judging() == (256, len(asked), 1, 1)  # 32 · 8 pairs
+    written = judging(self_reward={"mode": "generate", "max_tokens": 9})
+    # What all its prompts begin with is computed once: <|user|> and the words before the query.
+    one, other = questions.prompts([("1", ""), ("2", "")])
+    common = [a == b for a, b in zip(one, other, strict=True)].index(False)
+    assert common > 0
+    assert written == (256, len(asked) - common, 1, 9)
+    assert judging(algorithm="lsp-zero") is None
+
+
+def test_a_judge_of_criteria_is_asked_once_for_each(here, monkeypatch):
+    from language_self_play.rewards import self_reward
+
+    config = json.loads((here / "model" / "config.json").read_text())
+    (here / "model" / "config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 1024})
+    )
+    # The arena's rubric has no criteria, and its tokenizer no yes and no.
+    monkeypatch.setattr(self_reward, "rubric_criteria", lambda rubric: ["a", "b", "c"])
+    monkeypatch.setattr(self_reward, "_next_tokens", lambda *args: [1, 2, 3, 4])
+    assert judging(self_reward={"mode": "criteria"})[0] == 256 * 3
+
+
 @pytest.mark.usefixtures("here")
 def test_a_run_without_kl_and_judge_has_no_reference_in_memory():
     zero = {"beta": 0.0}

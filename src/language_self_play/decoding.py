@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from language_self_play.lean_decoder import has_lean_step, next_logits
 from language_self_play.prefill import Prefilled
 from language_self_play.shared_prompt import SharedPrompt, go_on
 
@@ -43,6 +44,7 @@ class SharedDecoding:
         self.model, self.cache = model, cache
         self.logits_RV, self.positions_R = logits_RV, positions_R
         self.last_position = context_length - 1
+        self.has_lean_step = has_lean_step(model)
 
     @classmethod
     def behind(
@@ -59,10 +61,12 @@ class SharedDecoding:
 
     def step(self, tokens_R: Tensor) -> None:
         # A row that has ended may stay for a while, beyond the end of the context.
-        positions = self.positions_R.clamp_max(self.last_position)[:, None]
-        self.logits_RV = go_on(
-            self.model, self.cache, input_ids=tokens_R[:, None], position_ids=positions
-        )[:, -1]
+        positions = self.positions_R.clamp_max(self.last_position)
+        if self.has_lean_step:
+            self.logits_RV = next_logits(self.model, self.cache, tokens_R, positions)
+        else:
+            inputs = {"input_ids": tokens_R[:, None], "position_ids": positions[:, None]}
+            self.logits_RV = go_on(self.model, self.cache, **inputs)[:, -1]
         self.positions_R = self.positions_R + 1
 
     def keep(self, rows: Tensor) -> None:

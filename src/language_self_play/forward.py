@@ -23,12 +23,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from language_self_play.decoding import SharedDecoding
 from language_self_play.errors import ModelError
 from language_self_play.logprobs import token_logprobs
 from language_self_play.packed_prompt import PackedPrompt
 from language_self_play.packing import MicroBatch
 from language_self_play.prefill import prefill
-from language_self_play.pretrained import vocabulary_size
+from language_self_play.pretrained import UNBOUNDED_CONTEXT, vocabulary_size
 from language_self_play.shared_prompt import (
     SharedPrompt,
     attention_of,
@@ -107,17 +108,20 @@ def _logprobs_behind_prompts(model: PreTrainedModel, batch: MicroBatch) -> Tenso
     B, K, T = batch.completions_BKT.shape
     prefilled = prefill(model, prompts, pad_id=0)
     prompt_of_row = torch.arange(B, device=model.device).repeat_interleave(K)
-    decoding = SharedPrompt(prefilled.cache, prefilled.mask_BP, prompt_of_row)
+    cache = SharedPrompt(prefilled.cache, prefilled.mask_BP, prompt_of_row)
     tokens = batch.completions_BKT.flatten(0, 1)
     positions = prefilled.mask_BP.sum(-1)[prompt_of_row, None] + torch.arange(
         T, device=model.device
     )
+    logits = [prefilled.logits_BV[prompt_of_row, None]]
     # Several tokens at once, then one: both ways of going on.
-    pieces = [slice(0, T - 2), slice(T - 2, T - 1)]
-    logits = [prefilled.logits_BV[prompt_of_row, None]] + [
-        go_on(model, decoding, input_ids=tokens[:, piece], position_ids=positions[:, piece])
-        for piece in pieces
-    ]
+    several, last = slice(0, T - 2), T - 2
+    logits.append(
+        go_on(model, cache, input_ids=tokens[:, several], position_ids=positions[:, several])
+    )
+    decoding = SharedDecoding(model, UNBOUNDED_CONTEXT, logits[0], cache, positions[:, last])
+    decoding.step(tokens[:, last])
+    logits.append(decoding.logits_RV[:, None])
     return token_logprobs(torch.cat(logits, 1), tokens, 1.0).view(B, K, T)
 
 

@@ -9,12 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Above these, packing the weight is no longer what takes the time.
+# Above this many rows, packing the weight is no longer what takes the time; below this size of a weight
+# it never was.
 MOST_ROWS = 512
+SMALLEST_WEIGHT = 1 << 15
+
+
+def linear(x: Tensor, layer: Any) -> Tensor:
+    """`layer`, an nn.Linear, of few rows (R, in): (R, out). No gradients."""
+    weight, bias = layer.weight, layer.bias
+    if not _packs_weight(weight) or len(x) > MOST_ROWS:
+        return nn.functional.linear(x, weight, bias)
+    y = (weight @ x.T).T
+    return y if bias is None else y + bias
 
 
 @contextmanager
@@ -23,12 +35,10 @@ def linears_for_few_rows(model: nn.Module) -> Iterator[None]:
     layers = [
         layer
         for layer in model.modules()
-        if isinstance(layer, nn.Linear)
-        and layer.weight.device.type == "cpu"
-        and layer.weight.dtype == torch.bfloat16
+        if isinstance(layer, nn.Linear) and _packs_weight(layer.weight)
     ]
     for layer in layers:
-        vars(layer)["forward"] = partial(_linear, layer)
+        vars(layer)["forward"] = partial(_forward, layer)
     try:
         yield
     finally:
@@ -36,11 +46,13 @@ def linears_for_few_rows(model: nn.Module) -> Iterator[None]:
             del vars(layer)["forward"]  # the instance's; the class keeps its own
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    rows = x.flatten(0, -2)
-    if len(rows) > MOST_ROWS:
-        return nn.functional.linear(x, layer.weight, layer.bias)
-    y = (layer.weight @ rows.T).T
-    if layer.bias is not None:
-        y = y + layer.bias
-    return y.unflatten(0, x.shape[:-1])
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x.flatten(0, -2), layer).unflatten(0, x.shape[:-1])
+
+
+def _packs_weight(weight: Tensor) -> bool:
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and weight.numel() >= SMALLEST_WEIGHT
+    )

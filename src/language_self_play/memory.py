@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,7 @@ BLOCKS_ARE_RETURNED = "MALLOC_MMAP_THRESHOLD_"
 LOST = "lost in the C library's heap"
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """The longest that one role can play: `groups` prompts of P tokens, K completions of T."""
 
     groups: int
