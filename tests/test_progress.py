@@ -20,6 +20,7 @@ from language_self_play.progress import (
     game_line,
     headline,
     printable,
+    time_line,
     two_answers,
 )
 from language_self_play.recipe_files import recipe_names
@@ -56,6 +57,25 @@ def test_the_headline_holds_the_numbers_that_matter_in_a_fixed_order():
     assert headline(record) == (
         "held-out 45.7%  V̄ 0.42  V_Q 0.50  KL 0.006/0.123  valid 97%  unsolvable 6%"
     )
+
+
+def test_the_time_line_says_where_a_steps_time_went_and_leaves_out_what_took_none():
+    record = {
+        "step": 3,
+        "time/step_s": 2.0,
+        "time/sample_challenger_s": 0.2,
+        "time/sample_solver_s": 0.5,
+        "time/reward_s": 0.001,
+        "time/learn_s": 1.2,
+        "time/other_s": 0.099,
+        "time/tokens_per_s": 12345.6,
+        "memory/peak_gib": 0.75,
+    }
+    # 0.2 / 2 = 10 %, 0.5 / 2 = 25 %, 1.2 / 2 = 60 %, 0.099 / 2 = 5 %; the reward's 0.05 % is left out.
+    assert time_line(record) == (
+        "2 s a step: pose 10%, answer 25%, learn 60%, other 5%  12,346 tokens/s  0.75 GiB"
+    )
+    assert time_line({"step": 3}) == ""
 
 
 def test_the_headline_leaves_out_what_was_not_measured():

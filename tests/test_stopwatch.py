@@ -32,6 +32,15 @@ def test_a_lap_holds_the_step_each_named_part_and_the_rest(clock):
     assert watch.lap() == {"step_s": 3.75, "learn_s": 3.0, "reward_s": 0.5, "other_s": 0.25}
 
 
+def test_what_a_function_began_elsewhere_counts_as_its_own(clock):
+    def settle() -> None:
+        clock.s += 3.0
+
+    watch = stopwatch.Stopwatch(settle)
+    watch.timed("learn", lambda: None)()
+    assert watch.lap() == {"step_s": 3.0, "learn_s": 3.0, "other_s": 0.0}
+
+
 def test_a_lap_begins_where_the_last_one_ended(clock):
     watch = stopwatch.Stopwatch()
 

@@ -70,8 +70,10 @@ class PlainLines(Silent):
         print(
             f"step {record['step']}/{self.steps}  {_duration(left)} left  {headline(self.state)}",
             file=self.out,
-            flush=True,
         )
+        if times := time_line(record):
+            print(f"    {times}", file=self.out)
+        self.out.flush()
         if self.every_s and (game := choose_game(games)):
             print(f"    {game_line(game)}", file=self.out, flush=True)
 
@@ -111,7 +113,8 @@ class LiveBar(Silent):
         from rich.console import Group
         from rich.text import Text
 
-        return Group(self.bar, Text(headline(self.state), overflow="fold"))
+        lines = [headline(self.state), time_line(self.state)]
+        return Group(self.bar, *(Text(line, overflow="fold") for line in lines if line))
 
     def step(self, record: Record, games: list[Record]) -> None:
         from rich.text import Text
@@ -149,6 +152,38 @@ def headline(record: Record) -> str:
     if "queries/unsolvable_fraction" in record:
         parts.append(f"unsolvable {record['queries/unsolvable_fraction']:.0%}")
     return "  ".join(parts)
+
+
+# What a step's time goes into, in the order in which it happens.
+PARTS = {
+    "sample_challenger": "pose",
+    "sample_solver": "answer",
+    "reward": "reward",
+    "quality": "judge",
+    "learn": "learn",
+    "sync": "sync",
+    "eval": "eval",
+    "checkpoint": "save",
+    "other": "other",
+}
+
+
+def time_line(record: Record) -> str:
+    """Where the step's time went, parts below a hundredth left out; tokens per second; peak memory."""
+    if "time/step_s" not in record:
+        return ""
+    step_s = record["time/step_s"]
+    parts = [
+        f"{word} {record[key] / step_s:.0%}"
+        for part, word in PARTS.items()
+        if record.get(key := f"time/{part}_s", 0.0) >= 0.01 * step_s
+    ]
+    line = f"{step_s:.3g} s a step: {', '.join(parts)}"
+    if "time/tokens_per_s" in record:
+        line += f"  {record['time/tokens_per_s']:,.0f} tokens/s"
+    if "memory/peak_gib" in record:
+        line += f"  {record['memory/peak_gib']:.2f} GiB"
+    return line
 
 
 def choose_game(games: list[Record]) -> Record | None:

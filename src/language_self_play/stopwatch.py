@@ -12,9 +12,13 @@ R = TypeVar("R")
 
 
 class Stopwatch:
-    """Adds up the seconds that the functions made by `timed` take, by name."""
+    """Adds up the seconds that the functions made by `timed` take, by name.
 
-    def __init__(self) -> None:
+    `settle` waits for what a function has begun on another device, so that it counts as its own.
+    """
+
+    def __init__(self, settle: Callable[[], None] = lambda: None) -> None:
+        self._settle = settle
         self._seconds: dict[str, float] = defaultdict(float)
         self._start = time.perf_counter()
 
@@ -24,7 +28,9 @@ class Stopwatch:
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             start = time.perf_counter()
             try:
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+                self._settle()
+                return result
             finally:
                 self._seconds[name] += time.perf_counter() - start
 

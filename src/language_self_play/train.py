@@ -103,7 +103,7 @@ def play(
     """The loop: step s samples with weights version s, and learns version s + 1 from it."""
     config, policy, sampler, learner = game.config, game.policy, game.sampler, game.learner
     objective = config.challenger.objective
-    watch = Stopwatch()
+    watch = Stopwatch(torch.cuda.synchronize if policy.device.type == "cuda" else lambda: None)
     sync = watch.timed("sync", game.sync)
     pose = watch.timed("sample_challenger", game.pose)
     answer = watch.timed("sample_solver", answer_queries)
