@@ -155,6 +155,20 @@ def test_a_judge_that_writes_needs_a_cache_for_all_its_replies(folder: Path):
     assert parts["keys and values"] == 768 * 6 * (50 + 256)
 
 
+def test_a_draw_for_many_rows_behind_short_prompts_takes_its_logits_three_times(folder: Path):
+    config = config_of(folder)
+    [beside] = [
+        size
+        for part, size in memory.memory_estimate(config, [Turn(100, 1, 2, 7)])
+        .phases["sampling"]
+        .items()
+        if part.endswith("the draw of a token")
+    ]
+    # 200 rows of 300 tokens, 4 bytes: the last logits and these, and their probabilities; then the sums
+    # of a block of 512 in float64, which a larger vocabulary would hide.
+    assert 3 * 200 * 300 * 4 <= beside < 12 * 200 * 300 * 4
+
+
 def test_the_update_on_the_cpu_takes_two_copies_of_the_largest_weight_and_fused_none(folder: Path):
     trained = [torch.zeros(10), torch.zeros(50)]
     config = config_of(folder)

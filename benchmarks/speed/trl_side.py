@@ -1,0 +1,128 @@
+"""TRL's GRPOTrainer on the same prompts, the Challenger's group given to it as one more prompt.
+
+Its settings, each the fastest there is on a CPU:
+
+- all rows, or as many as the measured best (`rows`), in a micro-batch; as many micro-batches in a
+  generation as in a step, so that it computes no old log-probs (it needs none on-policy);
+- no gradient checkpointing (its default has it), no dropout, no logging, saving or evaluation;
+- weights in the type of the comparison, without autocast: in bfloat16 it keeps no float32 copy of the
+  weights, which ours does;
+- AdamW fused, its default; gradients clipped to 1, as ours;
+- the loss that ours is up to a factor (`dr_grpo`, rewards centred and not scaled), k3 at β > 0;
+- no stop token that could be drawn, so that nothing has to be masked in each step of `generate`.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from speed.models import Work, as_text, build_tokenizer, prompts
+from speed.ours import LEARNING_RATE, token_reward
+from speed.timing import Seconds
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+# More than are ever played; the trainer asks for a number.
+MANY_STEPS = 1_000_000
+
+
+class Trl:
+    """A trainer that has yet to begin."""
+
+    def __init__(self, work: Work, folder: Path, rows: int | None, with_challenger: bool = True):
+        if work.num_queries != work.group_size and with_challenger:
+            raise ValueError(
+                f"TRL has one group size: N = {work.num_queries} must be G = {work.group_size}"
+            )
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+        self.work = work
+        self.all_rows = (work.num_queries + with_challenger) * work.group_size
+        rows = self.all_rows if rows is None else rows
+        challenger, solver = prompts(work, 0)
+        texts = [as_text(p) for p in ([challenger, *solver] if with_challenger else solver)]
+        self.scratch = tempfile.TemporaryDirectory()
+        arguments = GRPOConfig(
+            output_dir=self.scratch.name,
+            model_init_kwargs={"dtype": work.dtype},
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_dropout=True,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=self.all_rows // rows,
+            steps_per_generation=self.all_rows // rows,
+            num_generations=work.group_size,
+            num_iterations=1,
+            max_completion_length=work.length,
+            temperature=1.0,
+            generation_kwargs={"eos_token_id": None},
+            beta=work.beta,
+            loss_type="dr_grpo",
+            scale_rewards="none",
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            max_grad_norm=1.0,
+            max_steps=MANY_STEPS,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        self.trainer = GRPOTrainer(
+            model=str(folder),
+            reward_funcs=[_reward],
+            args=arguments,
+            train_dataset=Dataset.from_dict({"prompt": texts}),
+            processing_class=build_tokenizer(work.vocab_size),
+        )
+        self.trainer.remove_callback(PrinterCallback)
+
+    def train(self, clock: Seconds, after_step: Callable[[float], bool]) -> None:
+        """TRL's own loop. After each step `after_step(seconds)` is called, and True ends it.
+
+        A step is everything from its first prompt to its update: generation, rewards, reference,
+        loss, gradient, optimizer.
+        """
+        self.trainer.add_callback(_Watch(clock, after_step, self._check))
+        self.trainer.train()
+
+    def _check(self) -> None:
+        """Completions have full length, or the comparison is none."""
+        metrics: Any = self.trainer._metrics["train"]
+        shortest = metrics["completions/min_length"][-1]
+        assert shortest == self.work.length, f"TRL made a completion of {shortest} tokens"
+
+
+class _Watch(TrainerCallback):
+    def __init__(
+        self, clock: Seconds, after_step: Callable[[float], bool], check: Callable[[], None]
+    ):
+        self.clock, self.after_step, self.check = clock, after_step, check
+        self.start = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = self.clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seconds = self.clock() - self.start
+        self.check()
+        control.should_training_stop = self.after_step(seconds)
+
+
+def _reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    return [token_reward(tokens) for tokens in completion_ids]
+
+
+def rows_to_try(all_rows: int, group_size: int) -> list[int]:
+    """Micro-batches worth trying: everything at once, about a third or a quarter, one group."""
+    part = next(n for n in (3, 4, 2, 1) if all_rows % (n * group_size) == 0)
+    return sorted({all_rows, all_rows // part, group_size}, reverse=True)
