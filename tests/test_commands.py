@@ -38,7 +38,7 @@ def test_play_shows_as_many_games_as_asked_for(capsys):
 
 
 def test_a_run_without_its_final_model_is_played_from_its_checkpoint(run, capsys):
-    from language_self_play.run_folder import remove_folder
+    from language_self_play.durable import remove_folder
 
     remove_folder(run.model_folder)
     assert main(["play", str(run.folder), "--games", "2"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,11 @@ from language_self_play.forward import (
     checkpointed_layers,
     choose_path,
     completion_logprobs,
+    goes_on_from_shared_prompts,
+    saves_tokens,
 )
 from language_self_play.packing import MicroBatch, micro_batches
+from language_self_play.pretrained import attention_kernel, load_model
 from language_self_play.types import Completion, Group, Groups
 
 CPU = torch.device("cpu")
@@ -137,6 +141,23 @@ def test_a_model_of_another_kind_of_attention_gets_whole_sequences():
     assert path == ForwardPath(shared_prompt=False, separate_head=True)
 
 
+@pytest.mark.parametrize(
+    ("P", "K", "T", "saves"),
+    [
+        (400, 8, 128, True),  # 8 · 528 = 4,224 tokens against 400 + 1,024 = 1,424
+        (8, 8, 128, False),  # 8 · 136 = 1,088 against 8 + 1,024 = 1,032, a twentieth less
+        (40, 8, 128, True),  # 8 · 168 = 1,344 against 1,064, a quarter more
+        (400, 1, 128, False),
+    ],
+)
+def test_a_prompt_stands_apart_where_that_saves_tokens(P: int, K: int, T: int, saves: bool):
+    nothing = torch.zeros(1, K)
+    batch = MicroBatch(
+        torch.zeros(1, P), torch.ones(1, P), torch.zeros(1, K, T), nothing, nothing, nothing
+    )
+    assert saves_tokens(batch) is saves
+
+
 @pytest.mark.parametrize("logits_at_once", [1, 5 * 86, 10**9])
 def test_logits_in_pieces_are_the_logits(
     any_model: Any, groups: Groups, monkeypatch: pytest.MonkeyPatch, logits_at_once: int
@@ -158,23 +179,28 @@ def test_no_more_logits_exist_at_once_than_allowed(
     assert (max(rows), sum(rows)) == (4, 35)
 
 
-def test_checkpointed_layers_change_neither_log_probs_nor_gradients(any_model: Any, groups: Groups):
-    whole = ForwardPath(shared_prompt=False)
-    expected = packed_logprobs(any_model, groups, 10_000, path=whole)
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_checkpointed_layers_change_neither_log_probs_nor_gradients(
+    any_model: Any, groups: Groups, path: ForwardPath
+):
+    expected = packed_logprobs(any_model, groups, 10_000, path=PLAIN)
     with checkpointed_layers(any_model, True):
-        found = packed_logprobs(any_model, groups, 10_000, path=whole)
+        found = packed_logprobs(any_model, groups, 10_000, path=path)
     assert not any(module.training for module in any_model.modules())
     assert_same(any_model, groups, found, expected)
 
 
-def test_checkpointed_layers_are_computed_again_for_the_gradient(tiny_llama: Any, groups: Groups):
+@pytest.mark.parametrize("path", [LEAN, ForwardPath(shared_prompt=False)], ids=str)
+def test_checkpointed_layers_are_computed_again_for_the_gradient(
+    tiny_llama: Any, groups: Groups, path: ForwardPath
+):
     calls = []
     norm = tiny_llama.model.layers[0].input_layernorm
     norm.register_forward_hook(lambda *call: calls.append(1))
     for active, expected in ((False, 1), (True, 2)):
         calls.clear()
         with checkpointed_layers(tiny_llama, active):
-            found = packed_logprobs(tiny_llama, groups, 10_000, path=ForwardPath(False))
+            found = packed_logprobs(tiny_llama, groups, 10_000, path=path)
         torch.cat(found).sum().backward()
         assert len(calls) == expected
 
@@ -211,3 +237,70 @@ def test_completions_of_a_group_do_not_see_each_other(tiny_llama: Any, groups: G
     differences = [(a - b).abs().max().item() for a, b in zip(after, before, strict=True)]
     assert differences[1] > 0.1
     assert max(differences[:1] + differences[2:]) <= LOGPROB_TOLERANCE
+
+
+def test_the_models_attention_is_its_own_again_after_the_gradient(tiny_llama: Any, groups: Groups):
+    before = tiny_llama.config._attn_implementation
+    with checkpointed_layers(tiny_llama, True):
+        found = packed_logprobs(tiny_llama, groups, 10_000)
+        assert tiny_llama.config._attn_implementation == before
+        torch.cat(found).sum().backward()
+    assert tiny_llama.config._attn_implementation == before
+
+
+def test_rows_of_every_architecture_go_on_from_shared_prompts_without_a_warning(any_model: Any):
+    assert goes_on_from_shared_prompts(any_model)
+
+
+def test_rows_of_an_architecture_that_goes_on_otherwise_are_found_out():
+    import transformers
+
+    # Bloom biases scores by distance, and gets no attention of ours in whatever layer.
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(
+        vocab_size=107, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.2
+    )
+    with pytest.warns(UserWarning, match="its own copy of its prompt's keys and values"):
+        assert not goes_on_from_shared_prompts(transformers.BloomForCausalLM(config).eval())
+
+
+def test_a_wrong_step_of_decoding_is_found_out(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch):
+    # The step written out gives something else on this model, though only a little.
+    from language_self_play import decoding
+
+    step = decoding.next_logits
+    monkeypatch.setattr(decoding, "next_logits", lambda *args: 1.01 * step(*args))
+    with pytest.warns(UserWarning, match="knows no shared prompts"):
+        assert not goes_on_from_shared_prompts(tiny_llama)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama", "gemma3"])
+def test_only_capped_scores_change_the_kernel_that_is_asked_for(
+    name: str, make_model: Callable[..., Any]
+):
+    assert attention_kernel(make_model(name).config) == ("eager" if name == "gemma2" else None)
+
+
+def test_a_gemma_2_from_a_folder_has_its_cap(
+    make_model: Callable[..., Any], tmp_path: Path, groups: Groups
+):
+    model = make_model("gemma2")
+    assert model.config.attn_logit_softcapping == 50.0
+    model.config.attn_logit_softcapping = 0.5  # in reach of the scores of random weights
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), torch.float32, CPU)
+    assert loaded.config._attn_implementation == "eager"
+    # Without a cap, as transformers' usual kernel computes it, the log-probs are others.
+    plain = packed_logprobs(loaded, groups, 10_000, path=PLAIN)
+    lean = packed_logprobs(loaded, groups, 10_000)
+    loaded.config._attn_implementation = "sdpa"
+    uncapped = packed_logprobs(loaded, groups, 10_000, path=PLAIN)
+    assert (torch.cat(plain) - torch.cat(uncapped)).abs().max() > 0.1
+    assert_close(torch.cat(lean), torch.cat(plain), rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+def test_other_models_from_a_folder_keep_the_usual_kernel(
+    make_model: Callable[..., Any], tmp_path: Path
+):
+    make_model("llama").save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), torch.float32, CPU).config._attn_implementation == "sdpa"

@@ -72,14 +72,18 @@ ROOMS = [
         ],
     ),
     ("models as they lie, groups as batches", ["pretrained", "packing"]),
-    ("records of a run", ["checkpoint", "metrics"]),
-    ("files", ["run_folder", "data"]),
+    ("records of a run", ["checkpoint", "metrics", "guard"]),
+    ("files", ["run_folder", "data", "lock"]),
+    ("how files are written", ["durable"]),
     ("the mathematics", ["advantages", "losses", "logprobs", "attention", "randomness"]),
     ("text", ["prompts", "markdown"]),
     ("settings", ["config"]),
     (
         "what settings are made of, types",
-        ["settings", "recipe_files", "extras", "types", "stopwatch"],
+        [
+            *["settings", "recipe_files", "extras", "types"],
+            *["stopwatch", "signals", "out_of_memory"],
+        ],
     ),
     ("the built-in world, trained", ["arena.pretrain"]),
     ("the built-in world", ["arena", "arena.questions", "arena.tiny_model"]),
@@ -164,6 +168,7 @@ LIBRARIES = {
         "memory",
         "metrics",
         "optimizer",
+        "out_of_memory",
         "packed_prompt",
         "packing",
         "players",
@@ -184,7 +189,7 @@ LIBRARIES = {
 LIGHT = [
     *["cli", "cli.train", "cli.evaluate", "cli.play", "cli.recipes", "cli.config", "cli.overrides"],
     *["config", "errors", "types", "prompts", "run_folder", "progress", "summary", "stopwatch"],
-    *["plan", "sampling", "evaluate", "cli.push", "publish", "model_card", "markdown"],
+    *["plan", "sampling", "evaluate", "cli.push", "publish", "model_card", "markdown", "lock"],
     *["arena", "arena.tasks", "arena.questions", "arena.tiny_model"],
 ]
 

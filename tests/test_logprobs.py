@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -137,3 +139,120 @@ def test_the_logprob_of_a_draw_is_that_before_the_cut(cuts):
     tokens, logprobs = draw(torch.tensor([0.3], dtype=torch.float64), temperature=0.5, **cuts)
     assert tokens.tolist() == [1]
     assert_close(logprobs, torch.tensor([-0.318454]))  # log 16/22
+
+
+# Drawn in blocks of 512: below, at and above one block, of whole blocks and not.
+VOCABULARIES = (1, 2, 511, 512, 513, 1024, 1025, 1600)
+
+
+@pytest.mark.parametrize("size", VOCABULARIES)
+def test_every_token_is_drawn_exactly_as_often_as_its_share_of_the_uniform_numbers(size: int):
+    # Weights of 1 to 3 sixty-fourths: on a grid between the bounds every count is exact.
+    weights = torch.arange(size) % 3 + 1
+    total = int(weights.sum())
+    logits = weights.double().log().float()
+    tokens, logprobs = draw_tokens(logits.expand(2 * total, -1), grid(2 * total), 1.0)
+    assert torch.equal(torch.bincount(tokens, minlength=size), 2 * weights)
+    # In the order of the vocabulary, as the cumulative sum goes.
+    assert (tokens.diff() >= 0).all()
+    expected = (weights[tokens].double() / total).log().float()
+    assert_close(logprobs, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("size", VOCABULARIES)
+def test_draws_follow_the_softmax(size: int, temperature: float):
+    logits = 2 * torch.randn(size, generator=torch.Generator().manual_seed(0))
+    count = 5_000
+    tokens, _ = draw_tokens(logits.expand(count, -1), grid(count), temperature)
+    expected = count * (logits.double() / temperature).softmax(-1)
+    # A grid leaves each interval at most one number short or over.
+    assert ((torch.bincount(tokens, minlength=size) - expected).abs() <= 1.01).all()
+
+
+@pytest.mark.parametrize("size", VOCABULARIES)
+def test_the_smallest_and_the_largest_uniform_number_draw_the_first_and_the_last_token(size: int):
+    edges = torch.tensor([0.0, LARGEST_UNIFORM], dtype=torch.float64)
+    tokens, logprobs = draw_tokens(torch.zeros(2, size), edges, 1.0)
+    assert tokens.tolist() == [0, size - 1]
+    assert_close(logprobs, torch.full((2,), -math.log(size)))
+
+
+@pytest.mark.parametrize("size", VOCABULARIES[2:])
+@pytest.mark.parametrize("possible", [[0], [-1], [5, 300], [510], [7, -3]], ids=str)
+def test_whole_blocks_of_probability_zero_are_stepped_over(size: int, possible: list[int]):
+    logits = torch.full((size,), -torch.inf)
+    logits[possible] = 0.0
+    edges = torch.tensor([0.0, 0.5, LARGEST_UNIFORM], dtype=torch.float64)
+    uniforms = torch.cat([grid(10), edges])
+    tokens, logprobs = draw_tokens(logits.expand(len(uniforms), -1), uniforms, 1.0)
+    expected = sorted(place % size for place in possible)
+    assert tokens.unique().tolist() == expected
+    assert_close(logprobs, torch.full_like(logprobs, -math.log(len(expected))))
+
+
+@pytest.mark.parametrize("size", VOCABULARIES[2:])
+def test_a_token_of_a_vanishing_share_can_be_drawn(size: int):
+    # The last token, of probability e^-25 = 1.4e-11, is beyond what float32 numbers in [0, 1) reach.
+    logits = torch.zeros(size)
+    logits[-1] = -25.0 + math.log(size - 1)
+    share = 1 / (1 + math.exp(25.0))
+    uniforms = torch.tensor([1 - 1.5 * share, 1 - 0.5 * share], dtype=torch.float64)
+    tokens, logprobs = draw_tokens(logits.expand(2, -1), uniforms, 1.0)
+    # The sums of blocks are float32, so the bound stands within 1e-7 of its place.
+    assert tokens[1] == size - 1
+    assert_close(logprobs[1], torch.tensor(-25.0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", VOCABULARIES)
+def test_the_logprob_of_a_draw_is_that_of_the_log_softmax(size: int, dtype: torch.dtype):
+    logits = 3 * torch.randn(64, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tokens, logprobs = draw_tokens(logits, grid(64), 0.7)
+    expected = (logits.double() / 0.7).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    assert logprobs.dtype == torch.float32
+    assert_close(logprobs.double(), expected, rtol=1e-6, atol=1e-6)
+    # Those that the trainer computes round the logits.
+    assert_close(logprobs, token_logprobs(logits, tokens, 0.7), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("damaged", [torch.nan, torch.inf])
+@pytest.mark.parametrize("size", [5, 513, 1600])
+def test_damaged_logits_give_a_token_of_the_vocabulary_and_no_finite_logprob(
+    size: int, damaged: float
+):
+    for place in (0, size // 2, size - 1):
+        logits = torch.zeros(3, size)
+        logits[1, place] = damaged
+        tokens, logprobs = draw_tokens(logits, grid(3), 1.0)
+        assert ((tokens >= 0) & (tokens < size)).all()
+        assert torch.isfinite(logprobs).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("size", VOCABULARIES[2:])
+def test_cuts_keep_to_the_likeliest_tokens_of_all_blocks(size: int):
+    # 8, 4, 2 and 2 sixteenths of what is likely, wherever they stand; all others share e^-10.
+    places = torch.tensor([size - 1, 3, 400, 200])
+    logits = torch.full((size,), -30.0)
+    logits[places] = torch.tensor([8.0, 4.0, 2.0, 2.0]).log()
+    many = logits.expand(1_600, -1)
+
+    def counts(**cuts: float) -> list[int]:
+        tokens, _ = draw_tokens(many, grid(1_600), 1.0, **cuts)
+        assert torch.isin(tokens, places).all()
+        return torch.bincount(tokens, minlength=size)[places].tolist()
+
+    assert counts(top_k=1) == [1600, 0, 0, 0]
+    # 2/3 and 1/3 of 1,600.
+    assert counts(top_k=2) in ([1067, 533, 0, 0], [1066, 534, 0, 0])
+    assert counts(top_p=0.7) in ([1067, 533, 0, 0], [1066, 534, 0, 0])
+    assert counts(top_p=0.9) == [800, 400, 200, 200]
+    assert counts(top_p=0.5) == [1600, 0, 0, 0]
+
+
+def test_a_row_is_drawn_as_it_is_alone():
+    logits = torch.randn(9, 1025, generator=torch.Generator().manual_seed(0))
+    together = draw_tokens(logits, grid(9), 0.8)
+    for row in range(9):
+        alone = draw_tokens(logits[row : row + 1], grid(9)[row : row + 1], 0.8)
+        assert (alone[0].item(), alone[1].item()) == (together[0][row], together[1][row])

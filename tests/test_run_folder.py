@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 
 import pytest
 
 from language_self_play.config import Config
-from language_self_play.errors import ConfigError, NonFiniteError, RunFolderError
+from language_self_play.durable import append_text, remove_folder, replace_text
+from language_self_play.errors import ConfigError, NonFiniteError, Paused, RunFolderError
 from language_self_play.run_folder import (
     RunFolder,
     flatten,
     free_run_folder,
-    remove_folder,
-    replace_text,
 )
 
 CONFIG = Config.from_table(
@@ -136,6 +137,109 @@ def test_truncate_to_the_beginning_leaves_no_record(run):
     assert list(run.games_folder.iterdir()) == []
 
 
+def test_truncate_does_not_read_past_the_step(run):
+    run.record({"step": 0}, [])
+    run.record({"step": 1}, [])
+    with run.metrics_file.open("ab") as stream:
+        stream.write(b"\0\0\n\xff\n[]\n")
+    run.truncate(2)
+    assert run.metrics_file.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_a_damaged_record_before_the_step_is_left_out_with_a_warning_and_a_copy(run):
+    before = '{"step": 0}\n{"step": 1, \n{"step": 2, "text": "é"}\n{"step": 3}\n'
+    run.metrics_file.write_text(before)
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: no record in line 2; going on without"):
+        run.truncate(3)
+    assert run.metrics_file.read_text() == '{"step": 0}\n{"step": 2, "text": "é"}\n'
+    assert (run.folder / "metrics.damaged.jsonl").read_text() == before
+
+
+# ---------------------------------------------------------------- disks that can't take it
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_records_wait_in_memory_and_are_written_in_order(run, monkeypatch):
+    run.record({"step": 0}, [])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_room)
+        with pytest.warns(UserWarning, match="each step") as warned:
+            run.record({"step": 1}, [game("1+1")])
+        run.record({"step": 2}, [game("2+2")])  # the reason is known
+        assert [record["step"] for record in run.metrics()] == [0]
+        assert run.games(1) == []
+    assert [str(warning.message) for warning in warned] == [
+        f"{run.games_folder / 'step-000001.jsonl'}: can't be written (No space left on device); the run goes on and tries"
+        " again at each step; make room on its disk"
+    ]
+    run.record({"step": 3}, [])
+    assert [record["step"] for record in run.metrics()] == [0, 1, 2, 3]
+    assert [run.games(1), run.games(2)] == [[game("1+1")], [game("2+2")]]
+    assert not list(run.games_folder.glob(".*"))
+
+
+def test_another_disk_full_after_this_one_is_worth_another_warning(run, monkeypatch):
+    for step in (0, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", no_room)
+            with pytest.warns(UserWarning, match="make room") as warned:
+                run.record({"step": step}, [])
+        assert len(warned) == 1
+        run.record({"step": step + 1}, [])
+
+
+def test_the_run_stops_resumably_once_too_many_records_wait(run, monkeypatch):
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.warns(UserWarning, match="make room"):
+        run.record({"step": 0}, [])
+    for step in range(1, 20):
+        run.record({"step": step}, [])
+    with pytest.raises(Paused, match=r"0 steps are safe; make room on its disk, then go on with:"):
+        run.record({"step": 20}, [])
+
+
+def test_a_line_that_could_not_be_flushed_is_taken_back(tmp_path, monkeypatch):
+    file = tmp_path / "lines"
+    append_text(file, "one\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_room)
+        with pytest.raises(OSError, match="No space left"):
+            append_text(file, "two\n")
+    assert file.read_text() == "one\n"
+    append_text(file, "two\nthree\n")
+    assert file.read_text() == "one\ntwo\nthree\n"
+
+
+def test_half_a_line_that_was_left_is_cut_off_before_the_next(tmp_path):
+    file = tmp_path / "lines"
+    for torn, kept in (("one\nha", "one\n"), ("half", "")):
+        file.write_text(torn)
+        append_text(file, "next\n")
+        assert file.read_text() == f"{kept}next\n"
+
+
+def test_replace_text_that_could_not_be_flushed_takes_no_room(tmp_path, monkeypatch):
+    file = tmp_path / "config.toml"
+    replace_text(file, "old")
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        replace_text(file, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+    assert file.read_text() == "old"
+
+
+def test_events_that_can_not_be_written_stop_nothing_and_come_with_the_next(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_room)
+        run.event("first")
+    run.event("second")
+    kinds = [json.loads(line)["event"] for line in run.events_file.read_text().splitlines()]
+    assert kinds == ["first", "second"]
+
+
 # ---------------------------------------------------------------- numbers that are none
 
 
@@ -223,6 +327,7 @@ def test_a_folder_without_a_run_can_not_be_resumed(tmp_path):
         ({"eval": {"every": 3}}, "eval.every", 3),
         ({"checkpoint": {"every": 3}}, "checkpoint.every", 3),
         ({"checkpoint": {"keep_last": 3}}, "checkpoint.keep_last", 3),
+        ({"checkpoint": {"keep_every": 3}}, "checkpoint.keep_every", 3),
         ({"log": {"progress": "none"}}, "log.progress", "none"),
         ({"log": {"game_every_s": 0}}, "log.game_every_s", 0.0),
         ({"seed": 7}, "seed", 7),  # as it was

@@ -122,7 +122,7 @@ def test_every_way_of_learning_resumes_bit_for_bit(variant, tmp_path):
     assert whole.adapter_folder.is_dir() == lora
     kept = {path.name for path in (whole.checkpoints_folder / "step-000002").iterdir()}
     trained = "adapter" if lora else "model"
-    assert kept == {trained, "optimizer.safetensors", "state.json"}
+    assert kept == {trained, "optimizer.safetensors", "state.json", "SHA256SUMS"}
     if variant == "schedule":
         # 3e-6 · (1/2, 1, 3/4, 1/4): u is 0, 1/3 and 2/3 after one step of warm-up.
         rates = [r["learning_rate"] for r in records[:4]]

@@ -5,17 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from speed.models import PAD_ID, Work, prompts
 from transformers import AutoModelForCausalLM, GenerationConfig
+
+from speed.models import PAD_ID, Work, prompts
 
 
 class Generate:
     """The same prompts, numbers and lengths as ours. It returns no log-probs, ours does."""
 
-    def __init__(self, work: Work, folder: Path):
+    def __init__(self, work: Work, folder: Path, cache: str = "growing"):
         self.work = work
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=work.torch_dtype).eval()
-        self.model.generation_config = GenerationConfig(pad_token_id=PAD_ID)
+        self.model.generation_config = GenerationConfig(
+            pad_token_id=PAD_ID,
+            cache_implementation="static" if cache == "static" else None,
+            disable_compile=True,
+        )
         self.calls = 0
 
     @torch.inference_mode()

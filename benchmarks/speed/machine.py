@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 
 import torch
+
 from speed.models import Work
 from speed.timing import Seconds, timed
 

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import torch
+
 from language_self_play.advantages import challenger_advantages, solver_advantages
 from language_self_play.chat import Chat
 from language_self_play.config import Config
@@ -96,9 +97,7 @@ class Ours:
 
 def reward(solved: Solved) -> torch.Tensor:
     """A reward that costs nothing and differs within a group, (N, G)."""
-    return torch.tensor(
-        [[token_reward(c.tokens) for c in g.completions] for g in solved.groups]
-    )
+    return torch.tensor([[token_reward(c.tokens) for c in g.completions] for g in solved.groups])
 
 
 def token_reward(tokens: list[int]) -> float:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from language_self_play.config import Learner as LearnerSection
 from language_self_play.optimizer import Optimizer
 from language_self_play.types import Groups
 from speed.models import PAD_ID, Work
 from speed.ours import LEARNING_RATE
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+
+# What the reference's weights are multiplied with.
+AWAY = 1.25
 
 
 class Padded:
@@ -22,6 +26,8 @@ class Padded:
         load = AutoModelForCausalLM.from_pretrained
         self.model = load(folder, dtype=work.torch_dtype).eval()
         self.reference = load(folder, dtype=work.torch_dtype).eval() if work.beta else None
+        if self.reference is not None:
+            move_away(self.reference)
         section = LearnerSection()
         self.optimizer = Optimizer(self.model, section)
         self.max_grad_norm = section.max_grad_norm
@@ -50,6 +56,13 @@ class Padded:
                 r = r - logprobs
                 terms = terms + self.work.beta * (torch.exp(r) - r - 1)
             (torch.where(of_completion[:, 1:], terms, 0.0).sum() / len(sequences)).backward()
+
+
+@torch.no_grad()
+def move_away(reference: torch.nn.Module) -> None:
+    """Make a reference differ from the policy: where they are equal the KL term has no gradient."""
+    for weight in reference.parameters():
+        weight.mul_(AWAY)
 
 
 def _pad(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:

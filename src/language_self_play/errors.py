@@ -7,6 +7,7 @@
     ├── RewardError      (ValueError)       a reward that raised or mis-shaped     exit code 2
     ├── RunFolderError   (OSError)          a run folder that can't be used        exit code 2
     ├── NonFiniteError   (ArithmeticError)  a NaN or infinity in the numbers       exit code 3
+    ├── MemoryLimitError (MemoryError)      no memory, in the smallest batches too exit code 2
     ├── ServiceError     (ConnectionError)  an endpoint that stays away            exit code 75
     └── Paused           (InterruptedError) stopped on request, resumable          exit code 75
 
@@ -14,6 +15,8 @@ A message names the field or file, shows the value, says why it is wrong and wha
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class LspError(Exception):
@@ -43,9 +46,20 @@ class RunFolderError(LspError, OSError):
 
 
 class NonFiniteError(LspError, ArithmeticError):
-    """A loss, gradient, reward or log-probability is NaN or infinite."""
+    """A loss, gradient, reward or log-probability is NaN or infinite.
+
+    `places` are the (role, group or completion) whose own loss or gradient it is, where known.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, places: Sequence[tuple[str, int]] = ()):
+        super().__init__(message)
+        self.places = list(places)
+
+
+class MemoryLimitError(LspError, MemoryError):
+    """The device has no memory left, and no smaller batch is possible."""
 
 
 class ServiceError(LspError, ConnectionError):

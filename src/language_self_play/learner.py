@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,13 +11,16 @@ from torch import Tensor
 
 from language_self_play.advantages import centre
 from language_self_play.config import Config
-from language_self_play.errors import NonFiniteError
+from language_self_play.errors import MemoryLimitError, NonFiniteError
 from language_self_play.forward import checkpointed_layers, choose_path, completion_logprobs
 from language_self_play.losses import aggregate, kl_terms, policy_gradient
 from language_self_play.optimizer import Optimizer, learning_rate
-from language_self_play.packing import MicroBatch, micro_batches
+from language_self_play.out_of_memory import free_cached_memory, is_out_of_memory
+from language_self_play.packing import MicroBatch, micro_batches, num_tokens
 from language_self_play.policy import Policy
 from language_self_play.types import Groups
+
+Term = tuple[Groups, float, float]  # of the loss: what a role played, its weight, its β
 
 
 @dataclass
@@ -29,6 +32,7 @@ class StepResult:
     kl: dict[str, float] = field(default_factory=dict)
     entropy: dict[str, float] = field(default_factory=dict)
     learning_rate: float = 0.0
+    skipped: str | None = None  # why no update was made, if none was
 
 
 class Learner:
@@ -39,31 +43,90 @@ class Learner:
         self.config = config
         self.optimizer = Optimizer(policy.model, config.learner)
         self.path = choose_path(policy.model)
+        self.tokens_per_micro_batch = config.learner.tokens_per_micro_batch
+        self.before_update: Callable[[], None] = lambda: None  # called when only the update is left
 
     def step(self, solved: Groups, posed: Groups | None, alpha: float, step: int = 0) -> StepResult:
         """One step down the gradient of L_Sol + α_Ch · L_Ch. Paper, Algorithm 1, Eq. 4 and 5.
 
         `posed` is None for GRPO, which is the Solver's half; the learning rate is that of `step`.
-        Raises NonFiniteError, before any weight has changed, if the loss or its gradient is not
-        finite.
+        Where memory does not suffice, micro-batches are halved from here on and the gradient is
+        taken anew. Raises NonFiniteError, before any weight has changed, if the loss or its gradient
+        is not finite, and MemoryLimitError, before that too, if one completion is too much.
         """
-        section = self.config.learner
-        result = StepResult(
-            learning_rate=learning_rate(step, self.config.lr, section, self.config.steps)
-        )
-        self.optimizer.zero_grad()
-        self._backward(solved, 1.0, self.config.solver.beta, result)
+        terms: list[Term] = [(solved, 1.0, self.config.solver.beta)]
         if posed is not None:
-            self._backward(posed, alpha, self.config.challenger.beta, result)
-        result.grad_norm = self.optimizer.clip(section.max_grad_norm)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            terms.append((posed, alpha, self.config.challenger.beta))
+        result = self._gradient(terms)
+        result.learning_rate = learning_rate(
+            step, self.config.lr, self.config.learner, self.config.steps
+        )
+        if not _is_finite(result):
+            places = self._places_not_finite(terms)
+            self.optimizer.zero_grad()
             raise NonFiniteError(
                 f"the loss is {result.loss} and its gradient's norm {result.grad_norm}; the update"
-                " was not made. A lower learner.lr or a larger beta usually helps"
+                " was not made. A lower learner.lr or a larger beta usually helps",
+                places,
             )
+        self.before_update()
         self.optimizer.step(result.learning_rate)
         self.optimizer.zero_grad()  # nothing needs their memory while the next step is played
         return result
+
+    def _gradient(self, terms: list[Term]) -> StepResult:
+        """The gradient of Σ weight · L, clipped, in micro-batches as large as memory allows."""
+        while True:
+            result = StepResult()
+            self.optimizer.zero_grad()
+            try:
+                for groups, weight, beta in terms:
+                    self._backward(groups, weight, beta, result)
+                result.grad_norm = self.optimizer.clip(self.config.learner.max_grad_norm)
+                return result
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside of `except`: its traceback would keep the pass's tensors alive.
+            self.optimizer.zero_grad()
+            free_cached_memory()
+            self._halve_micro_batches(terms)
+
+    def _halve_micro_batches(self, terms: list[Term]) -> None:
+        """Half the tokens of the largest micro-batch. Raises MemoryLimitError if it is one completion."""
+        batches = [batch for groups, _, _ in terms for batch in self._micro_batches(groups)]
+        if all(batch.index_BK.numel() == 1 for batch in batches):
+            raise MemoryLimitError(
+                f"{self.policy.device} has no memory left to learn from one completion; lower"
+                " solver.max_tokens or challenger.max_tokens, or set learner.gradient_checkpointing or"
+                " policy.lora"
+            )
+        largest = max(num_tokens(batch, self.path.shared_prompt) for batch in batches)
+        self.tokens_per_micro_batch = max(1, min(self.tokens_per_micro_batch, largest) // 2)
+
+    def _places_not_finite(self, terms: list[Term]) -> list[tuple[str, int]]:
+        """(role, group) of each Solver's group whose own loss or gradient is not finite, and
+        (role, completion) of each of the Challenger's; one backward pass each."""
+        places: list[tuple[str, int]] = []
+        for groups, weight, beta in terms:
+            shape = [len(group.completions) for group in groups.groups]
+            of_group = groups.role != "challenger"
+            for i in range(len(shape) if of_group else sum(shape)):
+                keep = [
+                    [(g if of_group else k) == i for k in range(K)] for g, K in enumerate(shape)
+                ]
+                if groups.keep is not None:
+                    keep = [
+                        [a and b for a, b in zip(*rows, strict=True)]
+                        for rows in zip(keep, groups.keep, strict=True)
+                    ]
+                result = StepResult()
+                self.optimizer.zero_grad()
+                self._backward(replace(groups, keep=keep), weight, beta, result)
+                result.grad_norm = self.optimizer.clip(self.config.learner.max_grad_norm)
+                if not _is_finite(result):
+                    places.append((groups.role, i))
+        return places
 
     def _backward(self, groups: Groups, weight: float, beta: float, result: StepResult) -> None:
         """Add weight · L to the gradients, and what it measures to `result`."""
@@ -139,6 +202,10 @@ class Learner:
         return beta * centre(penalties.view(len(groups.groups), -1)).flatten()
 
     def _micro_batches(self, groups: Groups) -> list[MicroBatch]:
-        budget = self.config.learner.tokens_per_micro_batch
+        budget = self.tokens_per_micro_batch
         pad_id, device = self.policy.chat.pad_id, self.policy.model.device
         return list(micro_batches(groups, budget, pad_id, device, self.path.shared_prompt))
+
+
+def _is_finite(result: StepResult) -> bool:
+    return math.isfinite(result.loss) and math.isfinite(result.grad_norm)

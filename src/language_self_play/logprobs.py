@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Tokens of a vocabulary that are drawn from as one, before one of them is.
 BLOCK = 512
@@ -19,8 +22,31 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
 
 def shared_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """log softmax(logits / τ) of K tokens under one distribution: (..., V), (..., K) -> (..., K)."""
-    scaled = logits.float() / temperature
-    return scaled.gather(-1, tokens) - torch.logsumexp(scaled, -1, keepdim=True)
+    return _Logprobs.apply(logits, tokens, temperature)
+
+
+class _Logprobs(torch.autograd.Function):
+    """`shared_logprobs` in few passes over the vocabulary, forward and backward.
+
+    d log p_k / d logits = (onehot_k - p) / τ, summed over the K tokens with what comes from above.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        scaled = logits if temperature == 1.0 else logits.float() / temperature
+        logprobs = scaled.log_softmax(-1, dtype=torch.float32)
+        ctx.save_for_backward(logprobs, tokens)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return logprobs.gather(-1, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logprobs, tokens = ctx.saved_tensors
+        gradient = gradient / ctx.temperature
+        of_logits = logprobs.exp().mul_(-gradient.sum(-1, keepdim=True))
+        of_logits.scatter_add_(-1, tokens, gradient)
+        return of_logits.to(ctx.dtype), None, None
 
 
 def draw_tokens(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections import Counter
@@ -39,12 +40,16 @@ class Turn:
     parts: dict[str, Tensor] = field(default_factory=dict)  # of a summed reward, by name, (N, G)
     costs: dict[str, float] = field(default_factory=dict)  # what the reward took, by name
     objective: str = "hardness"
+    trouble: Record = field(default_factory=dict)  # what went wrong, by metric; nothing as a rule
 
 
 def step_record(
     turn: Turn, seconds: dict[str, float], device: torch.device, describe: Describe
 ) -> Record:
-    """The metrics of one step. `describe` tells what the world knows of a query."""
+    """The metrics of one step. `describe` tells what the world knows of a query.
+
+    A number that is not finite is left out: JSON has none.
+    """
     posed, solved, result = turn.posed, turn.solved, turn.result
     record: Record = {"step": turn.step, **_reward_metrics(turn)}
     if posed is not None:
@@ -67,7 +72,12 @@ def step_record(
     record |= {f"time/{name}": value for name, value in (seconds | turn.costs).items()}
     record["time/tokens_per_s"] = num_sampled / seconds["step_s"]
     record["memory/peak_gib"] = _peak_memory_gib(device)
-    return record
+    return finite(record | turn.trouble)
+
+
+def finite(record: Record) -> Record:
+    """The record without what is not finite."""
+    return {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
 def _reward_metrics(turn: Turn) -> Record:
@@ -134,10 +144,14 @@ def _game(
         "query": query.text,
         "valid": query.valid,
         "reason": query.reason,
-        "challenger_reward": reward,
-        "challenger_advantage": advantage,
+        "challenger_reward": _or_null(reward),
+        "challenger_advantage": _or_null(advantage),
         "answers": answers,
     }
+
+
+def _or_null(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _answers(turn: Turn) -> list[list[Record]]:
@@ -146,14 +160,14 @@ def _answers(turn: Turn) -> list[list[Record]]:
         [
             {
                 "text": completion.text,
-                "reward": reward,
-                "quality": quality,
-                "advantage": advantage,
+                "reward": _or_null(reward),
+                "quality": _or_null(quality),
+                "advantage": _or_null(advantage),
                 "tokens": len(completion.tokens),
                 "finish_reason": completion.finish_reason,
             }
             | (
-                {"rewards": {k: v[i, j].item() for k, v in turn.parts.items()}}
+                {"rewards": {k: _or_null(v[i, j].item()) for k, v in turn.parts.items()}}
                 if turn.parts
                 else {}
             )

@@ -51,13 +51,12 @@ class PackedPrompt:
 
         completions = self._by_row(query[..., P:, :])  # (B · K, H, q, T, D)
         own_key, own_value = self._by_row(key[:, :, P:]), self._by_row(value[:, :, P:])
-        if query.device.type == "cpu" or softcap is not None:
+        if attends_one_by_one(query, softcap):
             own = own_keys(own_key, own_value, T, q, window, None)
             shared = prompt_keys(prompt_key, prompt_value, T, self.K * q, 0, window, padding)
             mapping = Mapping(self._by_prompt, self._by_completion)
             out = merged_attention(completions, own, shared, mapping, scale, softcap)
         else:
-            # Elsewhere a merge would write out all scores: torch's kernels keep theirs to themselves.
             keys = torch.cat([prompt_key.repeat_interleave(self.K, 0), own_key], 2)
             values = torch.cat([prompt_value.repeat_interleave(self.K, 0), own_value], 2)
             out = self._attend_to_repeated(completions, keys, values, window, scale)
@@ -92,3 +91,11 @@ class PackedPrompt:
     def _by_completion(self, x: Tensor) -> Tensor:
         """The inverse of `_by_prompt`."""
         return x.unflatten(2, (self.K, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def attends_one_by_one(query: Tensor, softcap: float | None) -> bool:
+    """Whether a completion attends to its prompt and to itself apart, and the results are merged.
+
+    On other devices that would write out all scores: torch's kernels keep theirs to themselves.
+    """
+    return query.device.type == "cpu" or softcap is not None

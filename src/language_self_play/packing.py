@@ -125,6 +125,12 @@ def _collate(slices: list[_Slice], pad_id: int, device: torch.device) -> MicroBa
     )
 
 
+def num_tokens(batch: MicroBatch, shared_prompt: bool) -> int:
+    """Tokens of the rectangle that a micro-batch is, padding included, as its budget counts them."""
+    B, K, T = batch.completions_BKT.shape
+    return B * ((1 if shared_prompt else K) * batch.prompts_BP.shape[1] + K * T)
+
+
 def pad_left(rows: Iterable[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(tokens, mask) of rows that end in the same column, both int64 of shape (B, longest)."""
     rows = list(rows)

@@ -48,11 +48,17 @@ def prefill(model: PreTrainedModel, prompts: list[list[int]], pad_id: int) -> Pr
 
 
 class Beginning:
-    """What all `prompts` begin with, computed once for any number of them."""
+    """What all `prompts` begin with, computed once; `new_tokens` are to follow each at most."""
 
-    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], pad_id: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: list[list[int]],
+        pad_id: int,
+        new_tokens: int = 0,
+    ):
         self.model, self.pad_id = model, pad_id
-        self.length = beginning_length(model, prompts)
+        self.length = beginning_length(model, prompts, new_tokens)
         if self.length:
             self.prefilled = prefill(model, [prompts[0][: self.length]], pad_id)
 
@@ -68,11 +74,11 @@ class Beginning:
         return Behind(logits[:, -1], cache, self.length + mask.sum(-1))
 
 
-def beginning_length(model: PreTrainedModel, prompts: list[list[int]]) -> int:
+def beginning_length(model: PreTrainedModel, prompts: list[list[int]], new_tokens: int = 0) -> int:
     """How many tokens at the beginning of all `prompts` are worth a pass of their own; 0 if none.
 
     Each prompt keeps at least one token. Behind a beginning the rests are padded, which windows of
-    attention do not know of, so there it is 0 as soon as a prompt is longer than a window.
+    attention do not know of, so it is 0 where a prompt with its `new_tokens` may reach beyond a window.
     """
     if len(prompts) < 2:
         return 0
@@ -80,6 +86,7 @@ def beginning_length(model: PreTrainedModel, prompts: list[list[int]]) -> int:
     shortest = min(map(len, prompts))
     common = next((i for i in range(shortest - 1) if first[i] != last[i]), shortest - 1)
     windows = [window for window in layer_windows(model) if window]
-    if common < SHORTEST_BEGINNING or (windows and max(map(len, prompts)) >= min(windows)):
+    longest = max(map(len, prompts)) + new_tokens
+    if common < SHORTEST_BEGINNING or (windows and longest >= min(windows)):
         return 0
     return common

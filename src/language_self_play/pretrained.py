@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -43,7 +43,7 @@ def load_model(
         return adapted.merge_and_unload().eval()
     found = resolve_model(path)
     kernel = attention_kernel(load_model_config(path, trust_remote_code))
-    model = read(
+    model = load_whole(
         path,
         lambda: AutoModelForCausalLM.from_pretrained(
             found,
@@ -51,10 +51,34 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             attn_implementation=kernel,
+            output_loading_info=True,
         ),
     )
     model.to(device)  # type: ignore[arg-type]  # transformers' stub
     return without_dropout(model.eval())
+
+
+def load_whole(
+    path: str,
+    load: Callable[[], Any],  # transformers' stub does not know what it returns
+    setting: str = "policy.path",
+) -> PreTrainedModel:
+    """The model that `load` returns together with a report of its loading.
+
+    Raises ModelError for one that can't be loaded, or some of whose weights are not there.
+    """
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # its table of missing weights; ours is below
+    try:
+        model, report = read(path, load, setting)
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{setting} = {path!r}: the weights have no {', '.join(missing[:3])}, which would be drawn"
+            " at random; the folder is damaged, or holds a model of another kind"
+        )
+    return model
 
 
 def attention_kernel(config: PreTrainedConfig) -> str | None:

@@ -188,11 +188,17 @@ def time_line(record: Record) -> str:
 
 def choose_game(games: list[Record]) -> Record | None:
     """The game worth showing: the first whose answers differ in reward, else the first answered."""
-    answered = [game for game in games if game["answers"]]
+    answered = [game for game in games if is_scored(game)]
     for game in answered:
         if len({answer["reward"] for answer in game["answers"]}) > 1:
             return game
     return answered[0] if answered else None
+
+
+def is_scored(game: Record) -> bool:
+    """Whether it has answers, all with finite scores: those that are not stand as null."""
+    scores = [answer.get(what, 0.0) for answer in game["answers"] for what in ("reward", "quality")]
+    return bool(scores) and None not in scores
 
 
 def two_answers(game: Record) -> list[Record]:

@@ -1,8 +1,8 @@
 """The run folder: plain files that hold everything a run did, and nothing else does.
 
-    config.toml  metrics.jsonl  events.jsonl  games/step-000012.jsonl  checkpoints/  model/
+    config.toml  metrics.jsonl  events.jsonl  games/step-000012.jsonl  checkpoints/  model/  run.lock
 
-Values that can't be reproduced stand under `time/` or `memory/`; metrics and games hold no
+docs/run-folder.md tells what each is, what is atomic, and how to recover. Values that can't be reproduced stand under `time/` or `memory/`; metrics and games hold no
 timestamps, so that a resumed run's folder is the uninterrupted run's.
 """
 
@@ -11,22 +11,32 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from language_self_play.config import Config
-from language_self_play.errors import ConfigError, NonFiniteError, RunFolderError
+from language_self_play.durable import PASSING, append_text, replace_text
+from language_self_play.errors import ConfigError, NonFiniteError, Paused, RunFolderError
 from language_self_play.recipe_files import load_recipe, merge
 
 Record = dict[str, Any]
 # What of a trained model a run holds: all its weights, or its adapter alone.
 Part = Literal["model", "adapter"]
 
-# What a resumed run may change: how long it runs, and cadences.
-RESUMABLE = ("steps", "eval.every", "checkpoint.", "log.")
+# What a resumed run may change: how long it runs, cadences, when it stops, and how much memory it takes.
+RESUMABLE = (
+    *("steps", "eval.every", "checkpoint.", "guard.", "log."),
+    *("learner.tokens_per_micro_batch", "rollout.batch_size"),
+)
+
+# Steps whose records may wait for a disk that can't take them, before the run stops. They are paid
+# for again in any case where no checkpoint can be written; a passing fault is over sooner.
+UNWRITTEN_STEPS = 20
 
 
 class RunFolder:
@@ -41,6 +51,9 @@ class RunFolder:
         self.checkpoints_folder = self.folder / "checkpoints"
         self.model_folder = self.folder / "model"
         self.adapter_folder = self.folder / "adapter"
+        self._unwritten: list[tuple[int, str, str]] = []  # step, games, record
+        self._untold: list[str] = []  # events
+        self._warned: dict[str, int] = {}  # what couldn't be written -> the error's number
 
     @classmethod
     def holding(cls, path: Path) -> RunFolder | None:
@@ -55,14 +68,32 @@ class RunFolder:
 
     def newest_model(self) -> Path:
         """model/, or the newest checkpoint's where the run has not finished."""
-        checkpoints = self.checkpoints_folder
-        models = sorted([*checkpoints.glob("step-*/model"), *checkpoints.glob("step-*/adapter")])
-        return models[-1] if models and not self.model_folder.is_dir() else self.model_folder
+        if self.model_folder.is_dir():
+            return self.model_folder
+        for checkpoint in reversed(self.checkpoints()):
+            for part in ("model", "adapter"):
+                if (checkpoint / part).is_dir():
+                    return checkpoint / part
+        return self.model_folder
+
+    def checkpoints(self) -> list[Path]:
+        """The folders checkpoints/step-…, whole or damaged, oldest first."""
+        found = self.checkpoints_folder.glob("step-*")
+        named = [f for f in found if re.fullmatch(r"step-\d+", f.name) and f.is_dir()]
+        return sorted(named, key=step_of)
 
     def refuse_if_used(self) -> None:
-        """Raises RunFolderError if a run is already here, or something that is no folder."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise RunFolderError(f"{self.folder}: is a file; a run needs a folder of its own")
+        """Raises RunFolderError if a run is already here, or no folder can be."""
+        place = next(p for p in (self.folder, *self.folder.parents) if p.exists())
+        named = "" if place == self.folder else f" {place}"
+        if not place.is_dir():
+            raise RunFolderError(
+                f"{self.folder}:{named} is a file; a run needs a folder of its own"
+            )
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise RunFolderError(
+                f"{self.folder}:{named} can't be written; choose another folder by --run"
+            )
         if self.config_file.exists() or self.metrics_file.exists():
             raise RunFolderError(
                 f"{self.folder}: already holds a run; go on with it by --resume {self.folder},"
@@ -70,14 +101,11 @@ class RunFolder:
             )
 
     def create(self, config: Config) -> None:
-        """Make the folder and write its config.toml. Raises RunFolderError."""
+        """Make the folder and write its config.toml, which makes it a run. Raises RunFolderError."""
         with _Sentences(self.folder):
             self.games_folder.mkdir(parents=True, exist_ok=True)
             self.checkpoints_folder.mkdir(exist_ok=True)
-            try:
-                self.config_file.touch(exist_ok=False)  # of two processes one gets the folder
-            except FileExistsError:
-                self.refuse_if_used()
+        self.refuse_if_used()
         self.write_config(config)
 
     def write_config(self, config: Config) -> None:
@@ -113,20 +141,78 @@ class RunFolder:
             )
 
     def record(self, record: Record, games: list[Record]) -> None:
-        """Append one step's metrics, and write its games. Raises RunFolderError."""
-        step = record["step"]
-        self.write_games(step, games)
-        self._append(self.metrics_file, record)
+        """Append one step's metrics, and write its games.
+
+        What the disk can't take now (a reason in durable.PASSING) is kept, and written with the next
+        step's. Raises Paused once more than UNWRITTEN_STEPS wait; RunFolderError for other reasons.
+        """
+        line = _json_line(record)
+        self._unwritten.append((record["step"], "".join(map(_json_line, games)), line))
+        try:
+            self.flush()
+        except RunFolderError as error:
+            self.tolerate("records", error, "the run goes on and tries again at each step")
+            if len(self._unwritten) > UNWRITTEN_STEPS:
+                self.stop(error)
+
+    def flush(self) -> None:
+        """Write the records that wait, games first. Raises RunFolderError."""
+        while self._unwritten:
+            step, games, line = self._unwritten[0]
+            with _Sentences(self.folder):
+                if games:
+                    replace_text(self._games_file(step), games)
+                append_text(self.metrics_file, line)
+            del self._unwritten[0]
+        self.written("records")
+
+    def tolerate(self, what: str, error: RunFolderError, meanwhile: str) -> None:
+        """Go on without `what`, as `meanwhile` says, where `error` may pass; raises it otherwise.
+
+        It is told in events.jsonl each time, and in a warning once a reason.
+        """
+        if error.errno not in PASSING:
+            raise error
+        self.event("unwritten", what=what, reason=str(error))
+        if self._warned.get(what) != error.errno:
+            self._warned[what] = error.errno
+            warnings.warn(f"{error}; {meanwhile}; {PASSING[error.errno]}", stacklevel=3)
+
+    def written(self, what: str) -> None:
+        """The opposite: the next time that `what` can't be written is worth a warning again."""
+        self._warned.pop(what, None)
+
+    def stop(self, error: RunFolderError) -> NoReturn:
+        """End a run whose folder can't be written, resumable from its newest checkpoint."""
+        newest = step_of(self.checkpoints()[-1]) if self.checkpoints() else 0
+        self.event("paused", step=newest, reason=str(error))
+        advice = PASSING.get(error.errno or 0, "see to that")
+        raise Paused(
+            f"paused, {error}; {newest} steps are safe; {advice}, then go on with:"
+            f" lsp train --resume {self.folder}"
+        )
 
     def write_games(self, step: int, games: list[Record]) -> None:
         if games:
             lines = "".join(_json_line(game) for game in games)
             with _Sentences(self.folder):
-                replace_text(self.games_folder / f"step-{step:06d}.jsonl", lines)
+                replace_text(self._games_file(step), lines)
 
     def event(self, kind: str, **details: Any) -> None:
-        """Append to events.jsonl what happened outside the game (started, paused, resumed, …)."""
-        self._append(self.events_file, {"time": round(time.time(), 3), "event": kind, **details})
+        """Append to events.jsonl what happened outside the game (started, paused, resumed, …).
+
+        What the disk can't take now comes with the next event. Raises RunFolderError otherwise.
+        """
+        event = {"time": round(time.time(), 3), "event": kind, **details}
+        self._untold.append(_json_line(event))
+        try:
+            with _Sentences(self.folder):
+                append_text(self.events_file, "".join(self._untold))
+        except RunFolderError as error:
+            if error.errno not in PASSING:
+                raise
+        else:
+            self._untold.clear()
 
     def metrics(self) -> Iterator[Record]:
         """The records so far, in order. An unfinished last line is passed over."""
@@ -139,7 +225,7 @@ class RunFolder:
 
     def games(self, step: int) -> list[Record]:
         """The games of a step; empty if it has none."""
-        file = self.games_folder / f"step-{step:06d}.jsonl"
+        file = self._games_file(step)
         if not file.is_file():
             return []
         # Not splitlines: a text may hold U+2028 and its like, which are no ends of JSON lines.
@@ -147,17 +233,45 @@ class RunFolder:
         return [_parse_line(line, file, n) for n, line in enumerate(lines, 1) if line]
 
     def truncate(self, step: int) -> None:
-        """Drop the records and games of `step` and later, as if the run had just reached it."""
-        kept = [_json_line(r) for r in self.metrics() if r["step"] < step]
+        """Drop the records and games of `step` and later, as if the run had just reached it.
+
+        Lines that were torn or damaged after that don't matter. One before is left out, with a
+        warning, and metrics.damaged.jsonl keeps the file as it was. Raises RunFolderError.
+        """
+        kept, damaged = self._lines_before(step)
         with _Sentences(self.folder):
+            if damaged:
+                copy = self.metrics_file.with_name("metrics.damaged.jsonl")
+                shutil.copyfile(self.metrics_file, copy)
+                warnings.warn(
+                    f"{self.metrics_file}: no record in line {', '.join(map(str, damaged))}; going"
+                    f" on without, {copy.name} keeps the file as it was",
+                    stacklevel=2,
+                )
             replace_text(self.metrics_file, "".join(kept))
             for file in self.games_folder.glob("step-*.jsonl"):
-                if int(file.stem.removeprefix("step-")) >= step:
+                if step_of(file) >= step:
                     file.unlink()
 
-    def _append(self, file: Path, record: Record) -> None:
-        with _Sentences(self.folder), file.open("a", encoding="utf-8") as stream:
-            stream.write(_json_line(record))
+    def _lines_before(self, step: int) -> tuple[list[str], list[int]]:
+        """The lines of metrics.jsonl with records before `step`, and the numbers of damaged ones."""
+        kept: list[str] = []
+        damaged: list[int] = []
+        if not self.metrics_file.is_file() or step == 0:
+            return kept, damaged
+        with self.metrics_file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                found = _step_in(line)
+                if found is None:
+                    damaged.append(number)
+                elif found < step:
+                    kept.append(line)
+                if found is not None and found >= step - 1:
+                    break
+        return kept, damaged
+
+    def _games_file(self, step: int) -> Path:
+        return self.games_folder / f"step-{step:06d}.jsonl"
 
 
 class _Sentences:
@@ -171,9 +285,19 @@ class _Sentences:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError) and not isinstance(error, RunFolderError):
-            raise RunFolderError(
-                f"{error.filename or self.folder}: can't be written ({error.strerror})"
-            ) from None
+            raise unwritable(error.filename or self.folder, error) from None
+
+
+def unwritable(place: str | Path, error: OSError) -> RunFolderError:
+    """The sentence for an OSError of the file system, with its errno."""
+    sentence = RunFolderError(f"{place}: can't be written ({error.strerror})")
+    sentence.errno = error.errno
+    return sentence
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint or a games file."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -196,15 +320,13 @@ def free_run_folder(name: str, root: Path = Path("runs")) -> Path:
     return candidate
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write `file` whole or not at all."""
-    beside = file.with_name(f".{file.name}.new")
-    beside.write_text(text, "utf-8")
-    os.replace(beside, file)
-
-
-def remove_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _step_in(line: str) -> int | None:
+    """The step of a whole line of metrics.jsonl; None if it is torn or damaged."""
+    try:
+        step = json.loads(line)["step"] if line.endswith("\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _parse_line(line: str, file: Path, number: int) -> Record:

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from language_self_play.arena.tasks import TIERS
-from language_self_play.progress import game_pieces
+from language_self_play.progress import game_pieces, is_scored
 from language_self_play.run_folder import Record, RunFolder
 
 
@@ -88,7 +88,7 @@ def accuracy_table(before: Record, after: Record) -> Any:
 def three_games(run: RunFolder, records: list[Record]) -> list[Record]:
     """From the last step that has games: those of the highest, the middle and the lowest value."""
     for record in reversed(records):
-        answered = [game for game in run.games(record["step"]) if game["answers"]]
+        answered = [game for game in run.games(record["step"]) if is_scored(game)]
         if answered:
             answered.sort(key=lambda g: -sum(a["reward"] for a in g["answers"]))
             places = sorted({0, len(answered) // 2, len(answered) - 1})

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import torch
@@ -20,11 +19,28 @@ from language_self_play.chat import load_chat
 from language_self_play.checkpoint import load_checkpoint, save_checkpoint, save_model
 from language_self_play.config import Config, as_list
 from language_self_play.data import Question, load_queries, queries_of_step
-from language_self_play.errors import ConfigError, Paused, ServiceError
+from language_self_play.durable import remove_folder
+from language_self_play.errors import (
+    ConfigError,
+    LspError,
+    MemoryLimitError,
+    NonFiniteError,
+    Paused,
+    RunFolderError,
+    ServiceError,
+)
 from language_self_play.evaluate.accuracy import arena_accuracy
+from language_self_play.guard import (
+    in_words,
+    places_of_logprobs,
+    refuse_nonfinite,
+    write_batch,
+)
 from language_self_play.learner import Learner, StepResult
-from language_self_play.metrics import Turn, game_records, step_record
+from language_self_play.lock import RunLock
+from language_self_play.metrics import Turn, finite, game_records, step_record
 from language_self_play.model_card import model_card
+from language_self_play.out_of_memory import is_out_of_memory
 from language_self_play.players import (
     ChallengerPrompt,
     answer_queries,
@@ -44,9 +60,10 @@ from language_self_play.prompts import challenger_prompt
 from language_self_play.randomness import choose, stream_key
 from language_self_play.rewards import RewardSum, build_reward
 from language_self_play.rewards.self_reward import JudgeQuestions, QualityJudge, build_judge
-from language_self_play.run_folder import Record, RunFolder, free_run_folder, remove_folder
+from language_self_play.run_folder import Record, RunFolder, free_run_folder
 from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
+from language_self_play.signals import Abandoned, Stops
 from language_self_play.stopwatch import Stopwatch
 from language_self_play.types import Posed, Solved
 
@@ -64,54 +81,84 @@ def self_play(
     config.log.progress says).
 
     Raises an LspError: ConfigError, ModelError, InputFileError and RewardError before weights are
-    loaded where that is possible, NonFiniteError for a NaN or infinity, and Paused, after a
-    checkpoint, when SIGINT or SIGTERM asks it to stop or a service that a reward needs is away.
+    loaded where that is possible; after a checkpoint NonFiniteError, when too many steps in a row
+    could not be learned from, MemoryLimitError, and Paused, when SIGINT or SIGTERM asks it to stop
+    or a service that a reward needs is away.
     """
     folder = RunFolder(run if run is not None else free_run_folder(config.algorithm))
+    with Stops(config.guard.stop_within_s) as stops, RunLock(folder.folder) as lock:
+        try:
+            return _self_play(config, folder, lock, resume, progress, stops)
+        except Abandoned:
+            raise Paused(
+                "stopped by SIGTERM before a step was played; start it again, by --resume if its"
+                " folder holds a config.toml"
+            ) from None
+
+
+def _self_play(
+    config: Config,
+    folder: RunFolder,
+    lock: RunLock,
+    resume: bool,
+    progress: Progress | None,
+    stops: Stops,
+) -> RunFolder:
     if resume:
         folder.refuse_changes(config)
+        lock.take()
     else:
         folder.refuse_if_used()
     game = prepare(config)
-    config = game.config  # with what has been resolved
+    config, game.stops = game.config, stops  # with what has been resolved
     if resume:
         start = load_checkpoint(folder, game.policy, game.learner.optimizer)
         if config.steps < start:
             raise ConfigError(f"steps = {config.steps}: the run has played {start} steps already")
         folder.truncate(start)
-        remove_folder(folder.model_folder)  # of an earlier end
+        game.take_up(folder)
+        for part in (folder.model_folder, folder.adapter_folder):
+            remove_folder(part)  # of an earlier end
         folder.write_config(config)
     else:
         start = 0
+        lock.take()
         folder.create(config)
     folder.event("resumed" if resume else "started", step=start)
-    with game, stop_requests() as stop_requested, progress or build_progress(config, start) as seen:
+    with game, progress or build_progress(config, start) as seen:
         try:
-            play(game, folder, start, seen, stop_requested)
+            play(game, folder, start, seen)
         except ServiceError as error:
             pause(game, folder, game.sampler.step, str(error))
+        except Abandoned:
+            if game.version is None:
+                raise  # before the first step
+            bound = f"{config.guard.stop_within_s:g} s (guard.stop_within_s)"
+            reason = (
+                f"step {game.sampler.step} took longer than {bound} to end, so it was abandoned"
+            )
+            pause(game, folder, game.sampler.step, reason)
+        except (Paused, NonFiniteError):
+            raise  # both have seen to their checkpoint
+        except Exception as error:
+            rescue(game, folder, error)
+            raise
     return folder
 
 
-def play(
-    game: Game,
-    run: RunFolder,
-    start: int,
-    progress: Progress,
-    stop_requested: Callable[[], bool],
-) -> None:
+def play(game: Game, run: RunFolder, start: int, progress: Progress) -> None:
     """The loop: step s samples with weights version s, and learns version s + 1 from it."""
-    config, policy, sampler, learner = game.config, game.policy, game.sampler, game.learner
+    config, policy, sampler = game.config, game.policy, game.sampler
     objective = config.challenger.objective
     watch = Stopwatch(torch.cuda.synchronize if policy.device.type == "cuda" else lambda: None)
     sync = watch.timed("sync", game.sync)
     pose = watch.timed("sample_challenger", game.pose)
     answer = watch.timed("sample_solver", answer_queries)
-    reward = watch.timed("reward", game.reward)
+    reward = watch.timed("reward", game.rewards)
     self_reward = watch.timed("quality", game.self_reward)
-    learn = watch.timed("learn", learner.step)
+    learn = watch.timed("learn", game.learn)
     evaluate = watch.timed("eval", game.evaluate)
-    save = watch.timed("checkpoint", save_checkpoint)
+    save = watch.timed("checkpoint", checkpoint)
 
     for step in range(start, config.steps):
         sync(step)  # on-policy: the sampler holds θ_step
@@ -125,20 +172,22 @@ def play(
         solved.advantages = solver_advantages(R - penalty, R_Q)  # centred R + R_Q
         if posed:
             posed.advantages = challenger_advantages(R, R_Q, posed.valid, objective)  # V_Q - V
-        result = learn(solved, posed, config.challenger.alpha, step)  # L_Sol + α_Ch · L_Ch
+        result = learn(step, queries, posed, solved, R_Q)  # down L_Sol + α_Ch · L_Ch
         turn = game.turn(step, queries, posed, solved, R, R_Q, result)
         games = game_records(turn, game.describe)
         record = step_record(turn, watch.lap(), policy.device, game.describe) | evaluation
         run.record(record, games)  # before the checkpoint that would skip this step on resume
         progress.step(record, games)
-        stopping = stop_requested() and step + 1 < config.steps
-        if stopping or (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-            save(run, policy, learner.optimizer, step + 1, config.checkpoint.keep_last)
-        if stopping:
+        guard(game, run, turn)  # tells of what went wrong; stops when that goes on
+        if game.checkpoint_is_due(step + 1):
+            save(game, run, step + 1)
+        if game.stops.requested and step + 1 < config.steps:
             pause(game, run, step + 1)
 
     sync(config.steps)
-    if evaluation := evaluate():
+    evaluation = evaluate()
+    game.stops.commit()
+    if evaluation:
         run.record({"step": config.steps, **evaluation}, [])
         progress.step({"step": config.steps, **evaluation}, [])
     save_model(run, policy, model_card)
@@ -147,12 +196,75 @@ def play(
 
 def pause(game: Game, run: RunFolder, step: int, reason: str | None = None) -> NoReturn:
     """Stop resumably before `step`, with a checkpoint of the weights that it would be played with."""
-    keep_last = game.config.checkpoint.keep_last
-    save_checkpoint(run, game.policy, game.learner.optimizer, step, keep_last)
+    checkpoint(game, run, step, last=True)
     run.event("paused", step=step, **({"reason": reason} if reason else {}))
     played = f"{step} of {game.config.steps} steps played"
     why = f"paused, {reason}; {played}" if reason else f"paused, {played}"
     raise Paused(f"{why}; go on with: lsp train --resume {run.folder}")
+
+
+def checkpoint(game: Game, run: RunFolder, step: int, last: bool = False) -> None:
+    """checkpoints/step-`step`; none of damaged weights, which would displace the last good ones.
+
+    Where the disk can't take it the run goes on to its next one, with a warning; where this is the
+    `last`, as it is at the run's end, it stops: Paused, resumable from the checkpoint before.
+    """
+    if game.is_damaged:
+        return
+    try:
+        save_checkpoint(run, game.policy, game.learner.optimizer, step, game.config.checkpoint)
+    except RunFolderError as error:
+        if last or step == game.config.steps:
+            run.stop(error)
+        run.tolerate("checkpoint", error, "the run goes on and tries again at its next checkpoint")
+
+
+def guard(game: Game, run: RunFolder, turn: Turn) -> None:
+    """Tell of batches that had to be halved, and of an update that was not made.
+
+    After guard.max_skipped of those in a row the run stops: NonFiniteError, after a checkpoint, with
+    the step's batch in a file.
+    """
+    if (sizes := game.halved_sizes()) != game.told_sizes:
+        run.event("out_of_memory", step=turn.step, **sizes)
+        game.told_sizes = sizes
+    if (reason := turn.result.skipped) is None:
+        return
+    run.event("skipped", step=turn.step, reason=reason)
+    if game.skipped < game.config.guard.max_skipped:
+        warnings.warn(reason, stacklevel=2)
+        return
+    checkpoint(game, run, turn.step + 1)
+    chat = game.policy.chat
+    try:
+        batch = f"what the last one would have learned from is in {write_batch(run, turn, chat)}"
+    except RunFolderError as error:
+        batch = str(error)
+    run.event("stopped", step=turn.step + 1, reason=reason)
+    raise NonFiniteError(
+        f"{reason}\nthe run stopped, because {game.skipped} updates in a row were skipped"
+        f" (guard.max_skipped); {batch}"
+    )
+
+
+def rescue(game: Game, run: RunFolder, error: Exception) -> None:
+    """Before a run ends by `error`: a checkpoint of its weights, where no update has begun on them.
+
+    Raises MemoryLimitError, in words, in place of an allocator's error.
+    """
+    step = game.version
+    with suppress(LspError):  # such as a full disk, which may be the error
+        if step is not None:
+            checkpoint(game, run, step)
+        run.event("failed", step=game.sampler.step, reason=f"{type(error).__name__}: {error}")
+    if is_out_of_memory(error) and not isinstance(error, MemoryLimitError):
+        kept = "the run's checkpoint is of this step" if step is not None else "go on from its last"
+        raise MemoryLimitError(
+            f"step {game.sampler.step}: {game.policy.device} has no memory left"
+            f" ({str(error).splitlines()[0]}); lower learner.tokens_per_micro_batch,"
+            " rollout.batch_size or max_tokens, or set learner.gradient_checkpointing or policy.lora;"
+            f" {kept}"
+        ) from None
 
 
 @dataclass
@@ -167,6 +279,12 @@ class Game:
     judge: QualityJudge | None
     challenger_prompts: list[ChallengerPrompt]
     questions: list[Question]
+    stops: Stops = field(default_factory=Stops)
+    version: int | None = None  # of the weights, while they may be written: until their update
+    skipped: int = 0  # updates in a row
+    is_damaged: bool = False  # the weights, by what they say of their own samples
+    told_sizes: dict[str, int] = field(default_factory=dict)
+    _not_finite: NonFiniteError | None = None  # of this step's reward
 
     def __enter__(self) -> Game:
         return self
@@ -188,6 +306,41 @@ class Game:
         self.sampler.sync(self.policy.model, step)
         if self.judge is not None:
             self.judge.sampler.step = step
+        self.version = step
+        self.stops.begin_step()
+
+    def take_up(self, run: RunFolder) -> None:
+        """Go on as the run's last record left off: halved batches, updates skipped in a row."""
+        last: Record = [{}, *run.metrics()][-1]
+        skipped = last.get("guard/skipped", 0)
+        # A run that was stopped for them has been looked at: it counts anew.
+        self.skipped = skipped if skipped < self.config.guard.max_skipped else 0
+        budget = self.learner.tokens_per_micro_batch
+        self.learner.tokens_per_micro_batch = last.get("memory/micro_batch_tokens", budget)
+        if "memory/rollout_batch_size" in last:
+            self.sampler.batch_size = last["memory/rollout_batch_size"]
+        self.told_sizes = self.halved_sizes()
+
+    def halved_sizes(self) -> dict[str, int]:
+        """What of the batches' sizes memory has cut below the settings, by metric."""
+        config = self.config
+        sizes = {
+            "memory/micro_batch_tokens": (
+                self.learner.tokens_per_micro_batch,
+                config.learner.tokens_per_micro_batch,
+            ),
+            "memory/rollout_batch_size": (self.sampler.batch_size, config.rollout.batch_size),
+        }
+        return {name: now for name, (now, configured) in sizes.items() if now < configured}
+
+    def checkpoint_is_due(self, step: int) -> bool:
+        """By cadence, at the end, or because SIGUSR1 has asked for one."""
+        asked = self.stops.take_checkpoint_request()
+        if step == self.config.steps:
+            return True
+        if self.stops.requested:
+            return False  # pausing writes one
+        return asked or step % self.config.checkpoint.every == 0
 
     def pose(self, step: int) -> Posed | None:
         """The Challenger's turn; None in GRPO, which has none."""
@@ -210,11 +363,47 @@ class Game:
         chosen = queries_of_step(self.questions, step, num_queries, config.seed)
         return [q.query for q in chosen], [q.key for q in chosen]
 
+    def rewards(
+        self, queries: list[str], answers: list[list[str]], keys: list[str | None] | None
+    ) -> Tensor:
+        """R, (N, G). Where a reward is not finite all of it is NaN, and nothing will be learned."""
+        try:
+            return self.reward(queries, answers, keys)
+        except NonFiniteError as error:
+            self._not_finite = error
+            return torch.full((len(queries), len(answers[0])), math.nan)
+
     def self_reward(self, queries: list[str], answers: list[list[str]]) -> Tensor:
         """R_Q, (N, G): the judge's in LSP, zeros otherwise."""
         if self.judge is None:
             return torch.zeros(len(queries), len(answers[0]) if answers else 0)
         return self.judge(queries, answers)
+
+    def learn(
+        self, step: int, queries: list[str], posed: Posed | None, solved: Solved, R_Q: Tensor
+    ) -> StepResult:
+        """The learning step, or none where a number is not finite; then `skipped` says which."""
+        of_reward, self._not_finite = self._not_finite, None
+        self.learner.before_update = self._commit
+        try:
+            self.is_damaged = bool(places_of_logprobs(posed, solved))
+            refuse_nonfinite(posed, solved, R_Q)
+            if of_reward is not None:
+                raise of_reward
+            result = self.learner.step(solved, posed, self.config.challenger.alpha, step)
+        except NonFiniteError as error:
+            self._commit()
+            self.skipped += 1
+            where = in_words(error.places, posed, queries)
+            reason = f"step {step}, {where}: {error}" if where else f"step {step}: {error}"
+            return StepResult(math.nan, math.nan, learning_rate=math.nan, skipped=reason)
+        self.skipped = 0
+        return result
+
+    def _commit(self) -> None:
+        """From here on the step counts as played: it is neither abandoned nor played again."""
+        self.stops.commit()
+        self.version = None
 
     def turn(
         self,
@@ -231,8 +420,22 @@ class Game:
         parts = self.reward.parts if len(self.reward.terms) > 1 else {}
         costs = self.reward.costs()
         objective = self.config.challenger.objective
+        trouble: Record = dict(self.halved_sizes())
+        if self.skipped:
+            trouble["guard/skipped"] = self.skipped
         return Turn(
-            step, queries, posed, solved, R, R_Q, unparsable, result, parts, costs, objective
+            step,
+            queries,
+            posed,
+            solved,
+            R,
+            R_Q,
+            unparsable,
+            result,
+            parts,
+            costs,
+            objective,
+            trouble,
         )
 
     def evaluate(self) -> Record:
@@ -241,9 +444,10 @@ class Game:
             return {}
         tokens_at_once = self.config.learner.tokens_per_micro_batch
         system_prompt = self.config.solver.system_prompt
-        return arena_accuracy(
+        accuracy = arena_accuracy(
             self.policy.model, self.policy.chat, tokens_at_once, system_prompt
-        ).metrics()
+        )
+        return finite(accuracy.metrics())
 
 
 def prepare(config: Config) -> Game:
@@ -316,26 +520,3 @@ def warn_of_bias(config: Config) -> None:
                 " top_p = 1 and top_k = 0 are exact",
                 stacklevel=2,
             )
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has asked to stop after this step; a second one stops at once."""
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested.is_set  # Only the main thread receives signals.
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(signum: int, frame: object) -> None:
-        requested.set()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    for number in before:
-        signal.signal(number, request)
-    try:
-        yield requested.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -98,6 +98,7 @@ def watch(game: Game, num_games: int) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from language_self_play.guard import refuse_nonfinite
     from language_self_play.players import answer_queries
     from language_self_play.progress import game_pieces, printable
 
@@ -112,6 +113,7 @@ def watch(game: Game, num_games: int) -> None:
             game.reward(posed.queries, solved.answers),
             game.self_reward(posed.queries, solved.answers),
         )
+        refuse_nonfinite(posed, solved, R_Q)
         rows = iter(zip(solved.answers, R.tolist(), R_Q.tolist(), strict=True))
         for query in posed.all_queries[: num_games - shown]:
             text = Text(f"{shown + 1:>4}  ")

@@ -123,12 +123,14 @@ def checked(
             f"reward.{name}: returned numbers of shape {tuple(values_NG.shape)} for"
             f" {len(queries)} queries with {len(answers[0])} answers each"
         )
-    for query, group, values, numbers in zip(queries, answers, returned, values_NG, strict=True):
+    rows = zip(queries, answers, returned, values_NG, strict=True)
+    for place, (query, group, values, numbers) in enumerate(rows):
         for answer, value, number in zip(group, values, numbers.tolist(), strict=True):
             if not math.isfinite(number):
                 raise NonFiniteError(
                     f"reward.{name}: returned {value} for query {shown(query)} and answer"
-                    f" {shown(answer)}; a reward must be finite in float32"
+                    f" {shown(answer)}; a reward must be finite in float32",
+                    [("solver", place)],
                 )
     return values_NG
 

@@ -252,7 +252,7 @@ class Asking:
                 f"brought no score from 0 to {number(self.section.max_score)}:"
                 f" {shown(self._without_key(reply))}"
             )
-        self.judge.cache.put(request_key(self.section, prompt), reply)
+        self.judge.cache.put(request_key(self.section, prompt), self._without_key(reply))
         return score
 
     def _count_tokens(self, response: Any) -> None:

@@ -34,7 +34,7 @@ class PythonFunction(Reward):
         try:
             returned = self.function(*arguments)
             values = list(returned) if isinstance(returned, Iterable) else [returned]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # A reward is the user's code; whatever it raises is reported under its name.
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(
@@ -75,7 +75,7 @@ def load_function(name: str, target: str) -> Callable[..., Any]:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         raise RewardError(f"reward.{name}.function = {target!r}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Importing runs the user's module; whatever it raises is reported under its name.
         raise RewardError(
             f"reward.{name}.function = {target!r}: importing {module_name} raised"

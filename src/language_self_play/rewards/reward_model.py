@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -28,6 +27,7 @@ from language_self_play.pretrained import (
     choose_device,
     choose_dtype,
     context_length,
+    load_whole,
     read,
     resolve_model,
     vocabulary_size,
@@ -125,17 +125,7 @@ class RewardModel(Reward):
             )
             return model.to(own), info
 
-        verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # its table of missing weights; ours is below
-        try:
-            model, info = read(section.path, load, setting)
-        finally:
-            transformers.logging.set_verbosity(verbosity)
-        if missing := sorted(info["missing_keys"]):
-            raise ModelError(
-                f"{setting} = {section.path!r}: the weights have no {', '.join(missing[:3])}, which"
-                " would be drawn at random; use a model that was saved with its score head"
-            )
+        model = load_whole(section.path, load, setting)
         model.eval().requires_grad_(False)
         model.config.get_text_config().use_cache = False
         score_in_float32(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -139,7 +140,10 @@ class QualityJudge:
         )
         scores: list[float | None] = [None] * len(pairs)
         for i, group in zip(fitting, groups, strict=True):
-            scores[i] = parse_score(group.completions[0].text)
+            [reply] = group.completions
+            # What a damaged reference writes is no score, and no unparsable reply either.
+            known = all(map(math.isfinite, reply.logprobs))
+            scores[i] = parse_score(reply.text) if known else math.nan
         return scores
 
     def _expected(self, pairs: list[tuple[str, str]]) -> list[float | None]:

@@ -17,6 +17,7 @@ class Sampler(Protocol):
 
     chat: Chat
     context_length: int
+    batch_size: int  # completions decoded at once; lower than configured where memory ran out
     step: int  # of the last `sync`
 
     def sync(self, model: PreTrainedModel, step: int) -> None:

@@ -6,7 +6,6 @@ have ended leave the batch as soon as there are enough of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -15,10 +14,11 @@ from transformers import PreTrainedModel
 from language_self_play.chat import Chat
 from language_self_play.config import Sampling
 from language_self_play.decoding import Decoding, PlainDecoding, SharedDecoding
-from language_self_play.errors import NonFiniteError
+from language_self_play.errors import MemoryLimitError
 from language_self_play.forward import goes_on_from_shared_prompts
 from language_self_play.linear import linears_for_few_rows
 from language_self_play.logprobs import draw_tokens
+from language_self_play.out_of_memory import free_cached_memory, is_out_of_memory
 from language_self_play.prefill import Beginning, prefill
 from language_self_play.pretrained import context_length
 from language_self_play.randomness import stream_key, uniforms
@@ -54,17 +54,15 @@ class TransformersSampler:
     ) -> list[Group]:
         """One group of `n` completions of at most `max_tokens` tokens for each prompt, in order.
 
-        Completions are shorter where the model's context ends. Raises NonFiniteError for
-        log-probs that are not finite.
+        Completions are shorter where the model's context ends. Where memory does not suffice, batches
+        are halved from here on, which changes no draw. Raises MemoryLimitError if one row is too much.
         """
         if not prompts:
             return []
         key = stream_key(self.seed, self.step, role)
-        drawn: dict[Row, Drawn] = {}
-        with linears_for_few_rows(self.model):
-            for rows, decoding in self._batches(prompts, n):
-                completions = self._decode(decoding, rows, key, settings, max_tokens)
-                drawn |= zip(rows, completions, strict=True)
+        while (drawn := self._draw(prompts, n, key, settings, max_tokens)) is None:
+            free_cached_memory()
+            self._halve_batches(n * len(prompts), role)
         order = [(i, j) for i in range(len(prompts)) for j in range(n)]
         texts = self.chat.decode([self._without_stop(drawn[row][0]) for row in order])
         played = [
@@ -73,11 +71,38 @@ class TransformersSampler:
         ]
         return [Group(p, played[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
 
-    def _batches(self, prompts: list[list[int]], n: int) -> Iterator[tuple[list[Row], Decoding]]:
+    def _draw(
+        self, prompts: list[list[int]], n: int, key: int, settings: Sampling, max_tokens: int
+    ) -> dict[Row, Drawn] | None:
+        """Tokens and log-probs of every row; None if memory did not suffice."""
+        drawn: dict[Row, Drawn] = {}
+        try:
+            with linears_for_few_rows(self.model):
+                for rows, decoding in self._batches(prompts, n, max_tokens):
+                    completions = self._decode(decoding, rows, key, settings, max_tokens)
+                    drawn |= zip(rows, completions, strict=True)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+        return drawn
+
+    def _halve_batches(self, rows: int, role: Role) -> None:
+        if (now := min(self.batch_size, rows)) == 1:
+            longest = "self_reward" if role == "judge" else role
+            raise MemoryLimitError(
+                f"{self.model.device} has no memory left to sample one completion; lower"
+                f" {longest}.max_tokens, or use a smaller model"
+            )
+        self.batch_size = now // 2
+
+    def _batches(
+        self, prompts: list[list[int]], n: int, max_tokens: int
+    ) -> Iterator[tuple[list[Row], Decoding]]:
         """Rows of at most batch_size completions, prompts of similar lengths together, prefilled."""
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         if n == 1 and self.shares_prompts:
-            beginning = Beginning(self.model, prompts, self.chat.pad_id)
+            beginning = Beginning(self.model, prompts, self.chat.pad_id, max_tokens)
             if beginning.length:
                 for start in range(0, len(prompts), self.batch_size):
                     some = by_length[start : start + self.batch_size]
@@ -140,18 +165,12 @@ class TransformersSampler:
         stopped = torch.isin(tokens_RT, stops)
         first_stop = torch.where(stopped.any(-1), stopped.int().argmax(-1), length)
         lengths = torch.minimum(first_stop + 1, limits).tolist()
-        drawn = [
+        return [
             (tokens[:n], logprobs[:n])
             for n, tokens, logprobs in zip(
                 lengths, tokens_RT.tolist(), logprobs_RT.tolist(), strict=True
             )
         ]
-        if not all(math.isfinite(p) for _, logprobs in drawn for p in logprobs):
-            raise NonFiniteError(
-                f"step {self.step}: the policy's log-probs are not finite while sampling; the"
-                " weights are damaged or the learning rate is too high"
-            )
-        return drawn
 
     def _finish_reason(self, tokens: list[int]) -> FinishReason:
         return "stop" if tokens and tokens[-1] in self.chat.eos_ids else "length"
