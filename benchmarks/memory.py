@@ -129,13 +129,12 @@ def make_models(folder: Path, case: str) -> None:
 
 def measure(folder: Path, case: str) -> None:
     """Run in a process of its own: prints (estimate, measured growth) in bytes."""
-    import resource
-
     import torch
 
     import language_self_play.train
     from language_self_play.config import Config
     from language_self_play.memory import memory_estimate
+    from language_self_play.metrics import peak_resident_bytes
     from language_self_play.plan import judge_turn, longest_turns
 
     config = Config.from_table(settings(folder, case))
@@ -146,12 +145,12 @@ def measure(folder: Path, case: str) -> None:
     language_self_play.train.pose_queries = of_full_length
     warm = torch.randn(64, 64, requires_grad=True)
     (warm @ warm).sum().backward()  # what the first product and its gradient load
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     language_self_play.train.self_play(config, folder / "run")
-    measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    measured = peak_resident_bytes() - before
     turns = list(longest_turns(config).values())
     estimate = memory_estimate(config, turns, judge_turn(config))
-    print(json.dumps([estimate.peak, measured * 1024]))
+    print(json.dumps([estimate.peak, measured]))
 
 
 def of_full_length(sampler: Any, prompt: Any, settings: Any, *rest: Any) -> Any:

@@ -195,7 +195,8 @@ def test_prompts_are_computed_once_and_completions_that_ended_leave_the_batch(
     make_markov_model: Callable[..., Any], chat: Chat
 ):
     following = {"a": 0.6, "<|end|>": 0.4}
-    model = make_markov_model({"<|assistant|>": following, "a": following})
+    # A row that has ended and stays goes on with something else: it has ended all the same.
+    model = make_markov_model({"<|assistant|>": following, "a": following, "<|end|>": {"a": 1.0}})
     shapes = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
@@ -453,6 +454,15 @@ def test_when_ended_rows_leave_changes_nothing_that_is_sampled(
     assert len(set(lengths)) > 3
     expected = trainer_logprobs(any_model, groups, 1.0)
     assert_close(logprobs_of(groups), expected, rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+def test_nothing_is_copied_as_long_as_no_row_ends(
+    tiny_llama: Any, endless_chat: Chat, monkeypatch: pytest.MonkeyPatch
+):
+    calls = []
+    monkeypatch.setattr(transformers.SharedDecoding, "keep", lambda *call: calls.append(call))
+    sample(tiny_llama, endless_chat, max_tokens=10)
+    assert calls == []
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])

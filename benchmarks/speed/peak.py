@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -13,9 +12,9 @@ from typing import Any
 
 import torch
 
+from language_self_play.metrics import peak_resident_bytes
 from speed.models import Work, save_model
 
-KIB = 1024
 # The optimizer's moments come into being in the first step, so only the second has all there is.
 STEPS = 2
 
@@ -49,13 +48,9 @@ def measure(request: str) -> None:
         import speed.trl_side  # noqa: F401
     warm = torch.randn(64, 64, requires_grad=True)
     (warm @ warm).sum().backward()  # what the first product and its gradient load
-    before = _resident()
+    before = peak_resident_bytes()
     side(work, folder, **options)
-    print(_resident() - before)
-
-
-def _resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+    print(peak_resident_bytes() - before)
 
 
 def _our_step(work: Work, folder: Path) -> None:

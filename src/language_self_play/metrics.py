@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -189,6 +190,16 @@ def _peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far: of the accelerator on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / BYTES_PER_GIB
+    return peak_resident_bytes() / BYTES_PER_GIB
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # On Linux getrusage counts what the process was before it became this program, too.
+        words = status.read_text().split()
+        return int(words[words.index("VmHWM:") + 1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # macOS counts bytes, Linux KiB.
-    return peak / BYTES_PER_GIB if sys.platform == "darwin" else peak * 1024 / BYTES_PER_GIB
+    # macOS counts bytes, others KiB.
+    return peak if sys.platform == "darwin" else peak * 1024
