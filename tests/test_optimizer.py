@@ -123,6 +123,21 @@ def test_gradients_of_several_backward_passes_add_up_in_float32():
     assert optimizer.weights["large"].grad.unique().tolist() == [258.0]
 
 
+def test_a_gradient_whose_way_to_the_master_was_cut_off_counts_no_second_time(monkeypatch):
+    model = model_of(torch.bfloat16)
+    optimizer = Optimizer(model, Learner())
+
+    def no_memory(self):
+        raise torch.OutOfMemoryError("no memory for the float32 copy")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(Tensor, "float", no_memory)
+        (model.large * 2.0).sum().backward()
+    optimizer.zero_grad()
+    (model.large * 2.0).sum().backward()
+    assert optimizer.weights["large"].grad.unique().tolist() == [2.0]
+
+
 def test_clipping_scales_the_gradient_to_the_norm_and_returns_the_norm_before():
     model = model_of()
     optimizer = Optimizer(model, Learner())

@@ -303,6 +303,14 @@ def test_targets_that_the_model_does_not_have_are_refused(save_model, settings):
         load_policy(config, CPU)
 
 
+def test_an_adapter_of_one_of_two_tied_embeddings_is_refused(save_model, settings, make_model):
+    folder = save_model("gemma2")  # ties them
+    lora = {"rank": 2, "targets": ["lm_head"]}
+    config = settings(folder, policy={"path": str(folder), "lora": lora})
+    with pytest.raises(ConfigError, match=r"policy\.lora\.targets = \['lm_head'\]: adapts"):
+        load_policy(config, CPU)
+
+
 def test_named_targets_get_adapters_and_others_none(save_model, settings):
     folder = save_model()
     lora = {"rank": 2, "targets": ["q_proj"]}

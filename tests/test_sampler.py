@@ -194,7 +194,7 @@ def test_logprobs_are_of_the_sampled_tokens(
 def test_prompts_are_computed_once_and_completions_that_ended_leave_the_batch(
     make_markov_model: Callable[..., Any], chat: Chat
 ):
-    following = {"a": 0.6, "<|end|>": 0.4}
+    following = {"a": 0.9, "<|end|>": 0.1}
     # A row that has ended and stays goes on with something else: it has ended all the same.
     model = make_markov_model({"<|assistant|>": following, "a": following, "<|end|>": {"a": 1.0}})
     shapes = []
@@ -204,7 +204,7 @@ def test_prompts_are_computed_once_and_completions_that_ended_leave_the_batch(
     )
     sampler = TransformersSampler(model, chat, 0, 64)
     shapes.clear()  # those of the trial that chooses how to decode
-    groups = sampler.sample([[1, 2], [1, 9, 9, 2]], 10, "solver", Sampling(), 50)
+    groups = sampler.sample([[1, 2], [1, 9, 9, 2]], 20, "solver", Sampling(), 50)
     lengths = torch.tensor([len(c.tokens) for g in groups for c in g.completions])
     # The prefill of two prompts; then the token at place t goes in for those that are longer, and
     # for less than one in eight that has ended.

@@ -139,6 +139,23 @@ def test_gradient_checkpointing_changes_no_result(tmp_path):
         assert same == pytest.approx(record, rel=1e-4, abs=1e-6)
 
 
+def test_a_run_is_resumed_from_python_by_the_configuration_that_began_it(tmp_path):
+    left_open = small(steps=4).model_copy(update={"threads": None})
+    whole = self_play(left_open, tmp_path / "whole")
+    half = self_play(left_open.model_copy(update={"steps": 2}), tmp_path / "half")
+    assert_same_run(whole, self_play(left_open, half.folder, resume=True))
+
+
+@pytest.mark.parametrize("removed", ["reward", "policy"])
+def test_what_a_resume_leaves_out_is_a_change(tmp_path, removed):
+    second = {"reward": {"second": {"kind": "arena"}}} if removed == "reward" else {}
+    second |= {"policy": {"lora": {"rank": 2}}} if removed == "policy" else {}
+    run = RunFolder(tmp_path / "run")
+    run.create(small(**second))
+    with pytest.raises(ConfigError, match=rf"{removed}\.\w+.* = None: was"):
+        run.refuse_changes(small())
+
+
 def test_a_decaying_schedule_refuses_more_steps(tmp_path):
     schedule = {"schedule": "linear"}
     run = self_play(small(steps=2, learner=schedule), tmp_path / "run")

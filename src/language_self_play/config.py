@@ -354,7 +354,9 @@ class Learner(Section):
         " averaged over all tokens.",
     )
     tokens_per_micro_batch: PositiveInt = Field(
-        16_384, description="Tokens of one forward and backward pass; changes memory, not results."
+        16_384,
+        description="Tokens of one forward and backward pass; changes memory and speed, not results."
+        " On CPUs 2,048 is faster: more leave the caches.",
     )
 
 

@@ -57,7 +57,8 @@ class Optimizer:
         self.adamw = _adamw(list(self.weights.values()), settings)
 
     def zero_grad(self) -> None:
-        for weight in self.weights.values():
+        # A parameter's own is gone already, unless memory ran out on its way into the master's.
+        for weight in (*self.weights.values(), *self.parameters.values()):
             weight.grad = None
 
     def clip(self, max_norm: float) -> float:

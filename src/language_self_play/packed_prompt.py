@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from language_self_play.attention import Mapping, merged_attention, own_keys, prompt_keys
+from language_self_play.attention import Keys, Mapping, merged_attention, own_keys, prompt_keys
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,20 @@ class PackedPrompt:
         query = query.unflatten(1, (H, -1))  # (B, H, q, ·, D): q query heads share a key's head
         q = query.shape[2]
         prompt_key, prompt_value = key[:, :, :P], value[:, :, :P]
-        prompt = own_keys(prompt_key, prompt_value, P, q, window, padding)
-        of_prompt = merged_attention(query[..., :P, :], prompt, None, None, scale, softcap)
+        one_by_one = attends_one_by_one(query, softcap)
+        prompt_query = query[..., :P, :]
+        if one_by_one:
+            prompt = own_keys(prompt_key, prompt_value, P, q, window, padding)
+            of_prompt = merged_attention(prompt_query, prompt, None, None, scale, softcap)
+        else:
+            prompt = own_keys(prompt_key, prompt_value, P, 1, window, padding)
+            of_prompt = fused_attention(prompt_query, prompt, scale)
         if T == 0:
             return of_prompt.flatten(1, 2)
 
         completions = self._by_row(query[..., P:, :])  # (B · K, H, q, T, D)
         own_key, own_value = self._by_row(key[:, :, P:]), self._by_row(value[:, :, P:])
-        if attends_one_by_one(query, softcap):
+        if one_by_one:
             own = own_keys(own_key, own_value, T, q, window, None)
             shared = prompt_keys(prompt_key, prompt_value, T, self.K * q, 0, window, padding)
             mapping = Mapping(self._by_prompt, self._by_completion)
@@ -59,26 +65,12 @@ class PackedPrompt:
         else:
             keys = torch.cat([prompt_key.repeat_interleave(self.K, 0), own_key], 2)
             values = torch.cat([prompt_value.repeat_interleave(self.K, 0), own_value], 2)
-            out = self._attend_to_repeated(completions, keys, values, window, scale)
+            repeated = None if padding is None else padding.repeat_interleave(self.K, 0)
+            out = fused_attention(
+                completions, own_keys(keys, values, T, 1, window, repeated), scale
+            )
         out = out.unflatten(0, (-1, self.K)).movedim(1, -3).flatten(-3, -2)
         return torch.cat([of_prompt, out], -2).flatten(1, 2)
-
-    def _attend_to_repeated(
-        self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
-    ) -> Tensor:
-        """Attention of (B · K, H, q, T, D) to a prompt's keys that each completion has for itself."""
-        padding = None if self.padding_BP is None else self.padding_BP.repeat_interleave(self.K, 0)
-        key, value, hidden, _ = own_keys(key, value, self.T, 1, window, padding)
-        size = query.shape
-        out = nn.functional.scaled_dot_product_attention(
-            query.flatten(1, 2),
-            key,
-            value,
-            attn_mask=None if hidden is None else ~hidden,
-            scale=scale,
-            enable_gqa=True,
-        )
-        return out.view(*size[:-1], -1)
 
     def _by_row(self, x: Tensor) -> Tensor:
         """(B, …, K · T, D) -> (B · K, …, T, D)."""
@@ -96,6 +88,30 @@ class PackedPrompt:
 def attends_one_by_one(query: Tensor, softcap: float | None) -> bool:
     """Whether a completion attends to its prompt and to itself apart, and the results are merged.
 
-    On other devices that would write out all scores: torch's kernels keep theirs to themselves.
+    On other devices that would write out all scores, so there each completion gets a copy of its prompt's
+    keys and torch's own kernels attend to both, which keep their scores to themselves.
     """
     return query.device.type == "cpu" or softcap is not None
+
+
+def fused_attention(query: Tensor, keys: Keys, scale: float) -> Tensor:
+    """Attention of (R, H, q, Q, D) to the last Q tokens' keys (R, H, L, D) by torch's own kernels."""
+    size, (q, Q) = query.shape, query.shape[2:4]
+    key, value, mask = keys.key, keys.value, None
+    if keys.hidden is not None:
+        # Padding sees at least itself: where nothing is seen kernels give NaN.
+        L = key.shape[2]
+        itself = torch.ones(Q, L, dtype=torch.bool, device=key.device).triu(L - Q).tril(L - Q)
+        mask = ~keys.hidden | itself
+        # With a mask, kernels know no groups of query heads.
+        key, value = key.repeat_interleave(q, 1), value.repeat_interleave(q, 1)
+    out = nn.functional.scaled_dot_product_attention(
+        query.flatten(1, 2),
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=keys.causal,
+        scale=scale,
+        enable_gqa=mask is None and q > 1,
+    )
+    return out.view(*size[:-1], -1)

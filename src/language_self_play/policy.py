@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from language_self_play.chat import Chat, load_chat
@@ -113,7 +114,8 @@ class Policy:
             return
         saved = read(
             str(folder),
-            lambda: AutoModelForCausalLM.from_pretrained(
+            # The class itself, which may be the authors' own code, has been loaded before.
+            lambda: type(self.model).from_pretrained(
                 folder, dtype=self.model.dtype, use_safetensors=True
             ),
         )
@@ -184,7 +186,8 @@ def add_adapter(model: PreTrainedModel, path: str, settings: Lora, seed: int) ->
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),  # GPT-2's layout
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")  # refused below
         torch.manual_seed(seed)
         try:
             adapter = peft.get_peft_model(model, lora)
@@ -193,6 +196,12 @@ def add_adapter(model: PreTrainedModel, path: str, settings: Lora, seed: int) ->
             raise ConfigError(
                 f"policy.lora.targets = {settings.targets!r}: do not fit the model: {reason}"
             ) from None
+    adapted = (model.get_input_embeddings(), model.get_output_embeddings())
+    if model.config.tie_word_embeddings and any(hasattr(m, "lora_A") for m in adapted):
+        raise ConfigError(
+            f"policy.lora.targets = {settings.targets!r}: adapts an embedding that is both the first and"
+            " the last layer's, and the merged model could not be saved; leave it out"
+        )
     # Where the adapter's user finds its base: a folder wherever they start from, a hub id as it is.
     local = Path(path).is_dir() or adapter_base(path) is not None
     lora.base_model_name_or_path = str(Path(path).resolve()) if local else path

@@ -39,8 +39,8 @@ def load_model(
     if (base := adapter_base(path)) is not None:
         peft = require("peft", "lora", f"policy.path = {path!r} (an adapter)")
         model = load_model(base, dtype, device, trust_remote_code)
-        adapted = read(path, lambda: peft.PeftModel.from_pretrained(model, path))
-        return adapted.merge_and_unload().eval()
+        adapted = read(path, lambda: peft.PeftModel.from_pretrained(model, path).merge_and_unload())
+        return adapted.eval()
     found = resolve_model(path)
     kernel = attention_kernel(load_model_config(path, trust_remote_code))
     model = load_whole(
@@ -143,6 +143,8 @@ def adapter_base(path: str) -> str | None:
         return None
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{path}: the adapter has no adapter_model.safetensors")
+    if not folder.is_dir():  # PEFT would take pickled weights of a hub's adapter
+        read(path, lambda: transformers.utils.cached_file(found, "adapter_model.safetensors"))
     table = read(path, lambda: json.loads(Path(file).read_text("utf-8")))
     base = table.get("base_model_name_or_path") if isinstance(table, dict) else None
     if not isinstance(base, str) or not base or base == path:

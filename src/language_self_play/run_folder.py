@@ -34,6 +34,9 @@ RESUMABLE = (
     *("learner.tokens_per_micro_batch", "rollout.batch_size"),
 )
 
+# What is left open in a recipe, and written to config.toml as it was resolved.
+RESOLVED = ("threads", "dtype")
+
 # Steps whose records may wait for a disk that can't take them, before the run stops. They are paid
 # for again in any case where no checkpoint can be written; a passing fault is over sooner.
 UNWRITTEN_STEPS = 20
@@ -127,8 +130,12 @@ class RunFolder:
     def refuse_changes(self, config: Config) -> None:
         """Raises ConfigError if `config` changes more of this run than what RESUMABLE names."""
         before = flatten(Config.from_table(self.config()).model_dump())
-        for name, value in flatten(config.model_dump()).items():
-            if value != before.get(name) and not name.startswith(RESUMABLE):
+        now = flatten(config.model_dump())
+        for name in dict.fromkeys([*now, *before]):
+            value = now.get(name)
+            # Unset, they are what they were when the run began.
+            unset = name in RESOLVED and value in (None, "auto")
+            if value != before.get(name) and not unset and not name.startswith(RESUMABLE):
                 raise ConfigError(
                     f"{name} = {value!r}: was {before.get(name)!r} when the run began, and a resumed"
                     f" run may change only {', '.join(RESUMABLE)}; start a new run instead"
@@ -139,6 +146,12 @@ class RunFolder:
                 f" learner.schedule = {config.learner.schedule!r} every learning rate would have been"
                 " another; start a new run instead"
             )
+
+    def as_resolved(self, config: Config) -> Config:
+        """`config` with what it leaves open as it was when the run began."""
+        before = Config.from_table(self.config())
+        left_open = [name for name in RESOLVED if getattr(config, name) in (None, "auto")]
+        return config.model_copy(update={name: getattr(before, name) for name in left_open})
 
     def record(self, record: Record, games: list[Record]) -> None:
         """Append one step's metrics, and write its games.

@@ -206,6 +206,8 @@ def attend_by_layout(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (R, heads, Q, D) and (R, H, L, D) to (R, Q, heads, D)."""
+    if kwargs.get("s_aux") is not None:
+        raise NotImplementedError("attention sinks have a part in every softmax")
     layer: Any = module.layer_idx
     out = shared_prompt.attend(layer, query, key, value, scaling, softcap)
     return out.transpose(1, 2), None

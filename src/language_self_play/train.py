@@ -106,6 +106,7 @@ def _self_play(
 ) -> RunFolder:
     if resume:
         folder.refuse_changes(config)
+        config = folder.as_resolved(config)
         lock.take()
     else:
         folder.refuse_if_used()
@@ -315,10 +316,12 @@ class Game:
         skipped = last.get("guard/skipped", 0)
         # A run that was stopped for them has been looked at: it counts anew.
         self.skipped = skipped if skipped < self.config.guard.max_skipped else 0
-        budget = self.learner.tokens_per_micro_batch
-        self.learner.tokens_per_micro_batch = last.get("memory/micro_batch_tokens", budget)
-        if "memory/rollout_batch_size" in last:
-            self.sampler.batch_size = last["memory/rollout_batch_size"]
+        for part, name, metric in (
+            (self.learner, "tokens_per_micro_batch", "memory/micro_batch_tokens"),
+            (self.sampler, "batch_size", "memory/rollout_batch_size"),
+        ):
+            configured = getattr(part, name)  # which may have been lowered since
+            setattr(part, name, min(configured, last.get(metric, configured)))
         self.told_sizes = self.halved_sizes()
 
     def halved_sizes(self) -> dict[str, int]:

@@ -296,6 +296,11 @@ def endpoint_host(name: str, base_url: str) -> str:
             f"reward.{name}.base_url: holds a user name or password, which would be written to the"
             " run's config.toml; give the key in the environment, by api_key_env"
         )
+    if parts.query or parts.fragment:
+        raise ConfigError(
+            f"reward.{name}.base_url: holds a query (?…), which would be written to the run's config.toml;"
+            " give a key in the environment, by api_key_env"
+        )
     if parts.scheme not in ("http", "https") or not host:
         raise ConfigError(
             f"reward.{name}.base_url = {base_url!r}: not an address such as"
