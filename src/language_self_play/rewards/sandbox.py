@@ -390,6 +390,9 @@ def _build_root(root: str) -> None:
     """A file system of read-only libraries, four devices and one scratch folder, as the only one."""
     _call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
     _mount_tmpfs(root, "mode=755,size=1m")
+    # Before the libraries, some of which may lie below it.
+    os.mkdir(root + SCRATCH)
+    _mount_tmpfs(root + SCRATCH, f"mode=1777,size={SCRATCH_MIB}m,nr_inodes={SCRATCH_FILES}")
     standard_library = {os.path.dirname(p) for p in sys.path if os.path.isdir(p)}
     done: list[str] = []
     for path in [*LIBRARIES, *sorted(standard_library)]:
@@ -399,8 +402,6 @@ def _build_root(root: str) -> None:
     for path in DEVICES:
         _bind(root, path, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID)
     os.symlink(SCRATCH, root + "/dev/shm")  # where semaphores are made
-    os.mkdir(root + SCRATCH)
-    _mount_tmpfs(root + SCRATCH, f"mode=1777,size={SCRATCH_MIB}m,nr_inodes={SCRATCH_FILES}")
     _call(
         "mount",
         None,
