@@ -355,8 +355,7 @@ class Learner(Section):
     )
     tokens_per_micro_batch: PositiveInt = Field(
         16_384,
-        description="Tokens of one forward and backward pass; changes memory and speed, not results."
-        " On CPUs 2,048 is faster: more leave the caches.",
+        description="Tokens of one forward and backward pass; changes memory and speed, not results.",
     )
 
 
