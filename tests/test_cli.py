@@ -400,8 +400,8 @@ def test_what_the_tiny_model_learned_can_be_played_whichever_recipe_taught_it(
     from language_self_play.arena.tiny_model import MAX_POSITIONS, build_tokenizer
     from language_self_play.chat import Chat
     from language_self_play.cli.play import config_for
+    from language_self_play.game import challenger_prompts
     from language_self_play.prompts import judge_prompt, rubric_text
-    from language_self_play.train import challenger_prompts
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run" / "model").mkdir(parents=True)

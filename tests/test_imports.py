@@ -36,7 +36,8 @@ ROOMS = [
         ],
     ),
     ("what a run would take", ["plan", "memory"]),
-    ("Algorithm 1, which joins the rooms", ["train"]),
+    ("Algorithm 1", ["train"]),
+    ("what it is played with, which joins the rooms", ["game"]),
     (
         "measuring and reporting",
         ["evaluate", "evaluate.accuracy", "summary", "progress", "model_card", "publish"],
@@ -160,6 +161,7 @@ LIBRARIES = {
         "decoding",
         "evaluate.accuracy",
         "forward",
+        "game",
         "lean_decoder",
         "learner",
         "linear",
@@ -271,10 +273,10 @@ def test_the_mathematics_and_its_kin_import_nothing_of_ours(module):
     assert of_ours(module) <= {"errors"}
 
 
-def test_only_train_joins_players_rewards_learner_and_checkpoints():
+def test_only_the_loop_and_its_game_join_players_rewards_learner_and_checkpoints():
     joined = {"players", "rewards", "learner", "checkpoint", "metrics"}
     joining = {module for module in MODULES if len(of_ours(module) & joined) > 2}
-    assert joining == {"train"}
+    assert joining == {"train", "game"}
 
 
 def test_training_does_not_know_the_command():

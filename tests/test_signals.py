@@ -180,9 +180,9 @@ def test_a_run_in_another_thread_hears_no_signals_and_plays(tmp_path):
 
 
 def test_sigterm_while_the_model_loads_exits_with_75_too(tmp_path, monkeypatch):
-    import language_self_play.train as train
+    import language_self_play.game as game
 
-    monkeypatch.setattr(train, "load_policy", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(game, "load_policy", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Paused, match="before a step was played; start it again"):
         self_play(small("arena-zero"), tmp_path / "run")
     assert not (tmp_path / "run" / "config.toml").exists()

@@ -62,8 +62,8 @@ def longest_turns(config: Config) -> dict[str, Turn]:
     Raises what a run would raise before it loads weights.
     """
     from language_self_play.chat import load_chat
+    from language_self_play.game import challenger_prompts, check_without_weights
     from language_self_play.memory import Turn
-    from language_self_play.train import challenger_prompts, check_without_weights
 
     _, reward, questions = check_without_weights(config)
     reward.close()

@@ -12,7 +12,7 @@ from language_self_play.errors import ConfigError
 
 if TYPE_CHECKING:
     from language_self_play.config import Config
-    from language_self_play.train import Game
+    from language_self_play.game import Game
 
 DESCRIPTION = """\
 Watch a model pose queries as Challenger and answer them as Solver, each with its scores; or, with
@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"--games {options.games}: must be at least 1")
     config = config_for(options.model, options.recipe, overrides)
 
-    from language_self_play.train import prepare
+    from language_self_play.game import prepare
 
     game = prepare(config)
     play = answer_yourself if options.answer else watch
