@@ -131,6 +131,7 @@ def measure(folder: Path, case: str) -> None:
     """Run in a process of its own: prints (estimate, measured growth) in bytes."""
     import torch
 
+    import language_self_play.game
     import language_self_play.train
     from language_self_play.config import Config
     from language_self_play.memory import memory_estimate
@@ -142,7 +143,7 @@ def measure(folder: Path, case: str) -> None:
         import peft  # noqa: F401
     if config.learner.optimizer == "adamw_8bit":
         import bitsandbytes  # noqa: F401
-    language_self_play.train.pose_queries = of_full_length
+    language_self_play.game.pose_queries = of_full_length
     warm = torch.randn(64, 64, requires_grad=True)
     (warm @ warm).sum().backward()  # what the first product and its gradient load
     before = peak_resident_bytes()

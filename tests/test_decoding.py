@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from language_self_play import lean_decoder
+from language_self_play import linear
 from language_self_play.decoding import Decoding, PlainDecoding, SharedDecoding
-from language_self_play.lean_decoder import has_lean_step
+from language_self_play.lean_decoder import NARROWEST_BFLOAT16, LeanDecoder, lean_decoder
 from language_self_play.logprobs import draw_tokens
 from language_self_play.prefill import prefill
 
@@ -35,14 +35,13 @@ def plainly(model: Any, context: int = CONTEXT) -> Decoding:
 
 
 def shared(model: Any, context: int = CONTEXT) -> Decoding:
-    prompts = prefill(model, PROMPTS, 0)
-    return SharedDecoding.behind(model, context, prompts, torch.tensor(PROMPT_OF_ROW))
+    prompts, rows = prefill(model, PROMPTS, 0), torch.tensor(PROMPT_OF_ROW)
+    return SharedDecoding.behind(model, context, prompts, rows, lean_decoder(model))
 
 
 def through_modules(model: Any, context: int = CONTEXT) -> Decoding:
-    decoding = shared(model, context)
-    decoding.has_lean_step = False
-    return decoding
+    prompts = prefill(model, PROMPTS, 0)
+    return SharedDecoding.behind(model, context, prompts, torch.tensor(PROMPT_OF_ROW))
 
 
 WAYS = {"plain": plainly, "shared": shared, "through modules": through_modules}
@@ -130,8 +129,9 @@ def test_rows_beyond_the_context_disturb_no_others(
 def test_prompts_can_be_gone_on_from_again(any_model: Any):
     prompts = prefill(any_model, PROMPTS, 0)
     rows = torch.tensor(PROMPT_OF_ROW)
+    lean = lean_decoder(any_model)
     first, second = (
-        drawn(SharedDecoding.behind(any_model, CONTEXT, prompts, rows), 8) for _ in range(2)
+        drawn(SharedDecoding.behind(any_model, CONTEXT, prompts, rows, lean), 8) for _ in range(2)
     )
     assert torch.equal(first, second)
 
@@ -150,7 +150,7 @@ def test_a_step_behind_shared_prompts_computes_one_token_a_row(make_model: Calla
 
 
 def test_the_step_written_out_is_that_of_llama_like_models(any_model: Any, architecture: str):
-    assert has_lean_step(any_model) == (architecture in LEAN)
+    assert bool(lean_decoder(any_model)) == (architecture in LEAN)
 
 
 @pytest.mark.parametrize("name", LEAN)
@@ -158,11 +158,8 @@ def test_the_step_written_out_replaces_the_modules(
     name: str, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
     model, calls = make_model(name), []
-    next_logits = lean_decoder.next_logits
-    monkeypatch.setattr(
-        "language_self_play.decoding.next_logits",
-        lambda *args: calls.append(1) or next_logits(*args),
-    )
+    step = LeanDecoder.next_logits
+    monkeypatch.setattr(LeanDecoder, "next_logits", lambda *args: calls.append(1) or step(*args))
     drawn(shared(model), 3)
     drawn(through_modules(model), 3)
     assert len(calls) == 3
@@ -177,8 +174,8 @@ def test_the_step_written_out_knows_what_configurations_change(
     attention = model.model.layers[0].self_attn
     match change:
         case "biases":
-            for linear in (attention.q_proj, attention.o_proj, model.model.layers[0].mlp.up_proj):
-                linear.bias = torch.nn.Parameter(torch.randn(linear.out_features))
+            for layer in (attention.q_proj, attention.o_proj, model.model.layers[0].mlp.up_proj):
+                layer.bias = torch.nn.Parameter(torch.randn(layer.out_features))
         case "tied":
             model.lm_head.weight = model.model.embed_tokens.weight
         case "another theta":
@@ -186,7 +183,7 @@ def test_the_step_written_out_knows_what_configurations_change(
         case "scaled positions":
             model.model.rotary_emb.attention_scaling = 1.3
     lean, modules = shared(model), through_modules(model)
-    assert lean.has_lean_step
+    assert lean.lean
     for token in (20, 21, 22):
         lean.step(torch.full((5,), token))
         modules.step(torch.full((5,), token))
@@ -207,6 +204,59 @@ def test_norms_that_are_not_ones_are_applied_in_the_step_written_out(
     assert_close(lean.logits_RV, modules.logits_RV, rtol=0, atol=LOGIT_TOLERANCE)
 
 
+@pytest.fixture
+def every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of every size are laid out as large ones are."""
+    monkeypatch.setattr(linear, "SMALLEST_PACKED", 1)
+    monkeypatch.setattr(linear, "SMALLEST_WEIGHT", 1)
+
+
+@pytest.mark.usefixtures("every_layout")
+@pytest.mark.parametrize("name", LEAN)
+def test_the_step_written_out_is_the_same_with_large_weights_layout(
+    name: str, make_model: Callable[..., Any]
+):
+    model = make_model(name)
+    assert torch.equal(drawn(shared(model), 12), drawn(plainly(model), 12))
+    lean, plain = shared(model), plainly(model)
+    for decoding in (lean, plain):
+        decoding.step(torch.tensor([20, 21, 22, 23, 24]))
+    assert_close(lean.logits_RV, plain.logits_RV, rtol=0, atol=LOGIT_TOLERANCE)
+
+
+def test_a_new_decoder_has_the_weights_of_now(make_model: Callable[..., Any]):
+    model = make_model("llama")
+    drawn(shared(model), 2)
+    for weight in model.parameters():
+        weight.mul_(1.5)
+    lean, plain = shared(model), plainly(model)
+    for decoding in (lean, plain):
+        decoding.step(torch.tensor([20, 21, 22, 23, 24]))
+    assert_close(lean.logits_RV, plain.logits_RV, rtol=0, atol=10 * LOGIT_TOLERANCE)
+
+
+@pytest.mark.usefixtures("every_layout")
+@pytest.mark.parametrize("narrowest", [1, NARROWEST_BFLOAT16])
+@pytest.mark.parametrize("name", LEAN)
+def test_in_bfloat16_the_step_written_out_is_as_near_to_float32_as_the_modules(
+    name: str, narrowest: int, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    from language_self_play import lean_decoder as module
+
+    monkeypatch.setattr(module, "NARROWEST_BFLOAT16", narrowest)
+    rounded = make_model(name).bfloat16()
+    exact = make_model(name)
+    exact.load_state_dict(rounded.state_dict())
+    decodings = shared(rounded), through_modules(rounded), plainly(exact)
+    for decoding in decodings:
+        for token in (20, 21, 22):
+            decoding.step(torch.full((5,), token))
+    lean, modules, expected = (decoding.logits_RV.float() for decoding in decodings)
+    assert decodings[0].lean.dtype == (torch.bfloat16 if narrowest == 1 else torch.float32)
+    distance = (modules - expected).norm()
+    assert (lean - expected).norm() < 1.3 * distance < 0.1 * expected.norm()
+
+
 def test_models_with_hooks_adapters_or_another_activation_go_through_their_modules(
     make_model: Callable[..., Any],
 ):
@@ -223,9 +273,9 @@ def test_models_with_hooks_adapters_or_another_activation_go_through_their_modul
 
     for change in (hooked, adapted, with_gelu):
         model = make_model("llama")
-        assert has_lean_step(model)
+        assert lean_decoder(model)
         change(model)
-        assert not has_lean_step(model), change.__name__
+        assert not lean_decoder(model), change.__name__
 
 
 def test_adapted_layers_are_computed_with_their_adapters(make_model: Callable[..., Any]):

@@ -266,10 +266,10 @@ def test_rows_of_an_architecture_that_goes_on_otherwise_are_found_out():
 
 def test_a_wrong_step_of_decoding_is_found_out(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch):
     # The step written out gives something else on this model, though only a little.
-    from language_self_play import decoding
+    from language_self_play.lean_decoder import LeanDecoder
 
-    step = decoding.next_logits
-    monkeypatch.setattr(decoding, "next_logits", lambda *args: 1.01 * step(*args))
+    step = LeanDecoder.next_logits
+    monkeypatch.setattr(LeanDecoder, "next_logits", lambda *args: 1.01 * step(*args))
     with pytest.warns(UserWarning, match="knows no shared prompts"):
         assert not goes_on_from_shared_prompts(tiny_llama)
 

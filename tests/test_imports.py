@@ -115,7 +115,7 @@ BESIDE = {
     "sampling.transformers": {"sampling"},
     "decoding": {"lean_decoder", "prefill", "shared_prompt"},
     "lean_decoder": {"linear", "shared_prompt"},
-    "forward": {"decoding", "prefill", "shared_prompt", "packed_prompt"},
+    "forward": {"decoding", "lean_decoder", "prefill", "shared_prompt", "packed_prompt"},
     "prefill": {"shared_prompt"},
     "shared_prompt": {"packed_prompt"},
     "plan": {"memory"},

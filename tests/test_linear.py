@@ -1,4 +1,4 @@
-"""Linear layers for few rows in bfloat16: the same products, but for rounding."""
+"""Linear layers for few rows: the same products, but for rounding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from language_self_play import linear as module
-from language_self_play.linear import MOST_ROWS, SMALLEST_WEIGHT, linear, linears_for_few_rows
+from language_self_play.linear import (
+    MOST_ROWS,
+    SMALLEST_PACKED,
+    SMALLEST_WEIGHT,
+    lay_out,
+    linears_for_few_rows,
+)
 
 # The smallest weight that counts is 128 · 256.
 IN, OUT = 256, 128
@@ -76,7 +82,7 @@ def test_a_literal_product():
     chosen.weight[0], chosen.weight[1] = 1.0, 2.0
     chosen.bias.zero_()
     chosen.bias[:2] = torch.tensor([2.0, -4.0])
-    found = linear(torch.ones(3, IN, dtype=torch.bfloat16), chosen)
+    [found] = lay_out([chosen], torch.bfloat16)(torch.ones(3, IN, dtype=torch.bfloat16))
     # 256 + 2 and 512 - 4.
     assert found[:, :3].tolist() == [[258.0, 508.0, 0.0]] * 3
 
@@ -87,7 +93,7 @@ def test_more_rows_go_through_torchs_function(products: list[Any]):
         x = rows(*shape)
         with linears_for_few_rows(nn.Sequential(chosen)):
             found = chosen(x)
-        assert len(products.pop()) == 2
+        assert products.pop() == (*shape, IN)
         assert not products
         assert torch.equal(found, chosen(x))
         products.clear()
@@ -133,9 +139,73 @@ def test_float32_small_weights_and_other_kinds_of_layers_keep_their_own():
         assert torch.equal(doubled(x), before)
 
 
-def test_float32_is_left_to_torch_bit_for_bit():
+LAYOUTS = {
+    "packed": (torch.float32, 1, 1),
+    "transposed": (torch.float32, 1 << 30, 1),
+    "turned": (torch.bfloat16, 1, 1),
+    "transposed bfloat16": (torch.bfloat16, 1, 1 << 30),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("count", [1, 5, 64, 200])
+def test_layers_laid_out_together_give_what_each_gives(
+    layout: str, count: int, monkeypatch: pytest.MonkeyPatch
+):
+    dtype, packed, turned = LAYOUTS[layout]
+    monkeypatch.setattr(module, "SMALLEST_PACKED", packed)
+    monkeypatch.setattr(module, "SMALLEST_WEIGHT", turned)
+    torch.manual_seed(0)
+    # The second has no bias, which is none of the first's.
+    layers = [nn.Linear(IN, OUT), nn.Linear(IN, 24, bias=False), nn.Linear(IN, 7)]
+    layers = [x.to(dtype) for x in layers]
+    x = rows(count, dtype=dtype)
+    found = lay_out(layers, dtype)(x)
+    assert [y.dtype for y in found] == [dtype] * 3
+    tolerance = 1e-5 if dtype == torch.float32 else TOLERANCE
+    for y, one in zip(found, layers, strict=True):
+        assert_close(y.double(), exactly(x, one), rtol=0, atol=tolerance)
+        [alone] = lay_out([one], dtype)(x)
+        assert_close(alone.double(), exactly(x, one), rtol=0, atol=tolerance)
+
+
+def test_inputs_are_scaled_as_asked():
+    # Rows of weights are 1s and 2s, inputs 3s, and half the inputs count twice: 3 · (128 + 2 · 128).
+    two = nn.Linear(IN, 2, bias=False)
+    two.weight.copy_(torch.tensor([[1.0], [2.0]]).expand(2, IN))
+    scale = torch.tensor([1.0] * 128 + [2.0] * 128)
+    [found] = lay_out([two], torch.float32, scale)(torch.full((1, IN), 3.0))
+    assert found.tolist() == [[1152.0, 2304.0]]
+    assert two.weight[0].unique().tolist() == [1.0]  # as it was
+
+
+def test_what_is_laid_out_is_a_copy_of_the_weights_as_they_were():
     chosen, x = layer(dtype=torch.float32), rows(4, dtype=torch.float32)
-    assert torch.equal(linear(x, chosen), chosen(x))
+    product, before = lay_out([chosen], torch.float32), chosen(x)
+    chosen.weight.zero_()
+    assert_close(product(x)[0], before, rtol=0, atol=1e-5)
+
+
+def test_large_weights_in_float32_are_packed_by_onednn(monkeypatch: pytest.MonkeyPatch):
+    packed = []
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(
+        torch.ops.mkldnn,
+        "_reorder_linear_weight",
+        lambda *args: packed.append(len(args[0])) or reorder(*args),
+    )
+    side = int(SMALLEST_PACKED**0.5)
+    lay_out([nn.Linear(side, side)], torch.float32)
+    lay_out([nn.Linear(side, side - 1)], torch.float32)
+    lay_out([nn.Linear(side, side - 1), nn.Linear(side, 1)], torch.float32)
+    assert packed == [side, side]
+
+
+def test_without_onednns_operators_weights_are_transposed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "SMALLEST_PACKED", 1)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    chosen, x = layer(dtype=torch.float32), rows(4, dtype=torch.float32)
+    assert_close(lay_out([chosen], torch.float32)(x)[0], chosen(x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "opt"])
@@ -178,5 +248,5 @@ def test_the_layers_under_adapters_are_computed_so_and_the_adapters_stay(
 
 
 def test_few_rows_are_computed_the_same_again_bit_for_bit():
-    chosen, x = layer(), rows(5)
-    assert torch.equal(linear(x, chosen), linear(x, chosen))
+    product, x = lay_out([layer()], torch.bfloat16), rows(5)
+    assert torch.equal(product(x)[0], product(x)[0])

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from language_self_play import prefill as module
 from language_self_play.decoding import SharedDecoding
+from language_self_play.lean_decoder import lean_decoder
 from language_self_play.prefill import SHORTEST_BEGINNING, Beginning, beginning_length, prefill
 
 LOGIT_TOLERANCE = 1e-5
@@ -95,7 +96,7 @@ def going_on(
     model: Any, behind: Any, prompts: list[list[int]], count: int
 ) -> tuple[Tensor, Tensor]:
     """The logits after `count` more tokens, and those of whole sequences; one row leaves on the way."""
-    decoding = SharedDecoding(model, CONTEXT, *behind)
+    decoding = SharedDecoding(model, CONTEXT, *behind, lean_decoder(model))
     sequences = [list(p) for p in prompts]
     generator = torch.Generator().manual_seed(1)
     for t in range(count):

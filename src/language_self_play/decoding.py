@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from language_self_play.lean_decoder import has_lean_step, next_logits
+from language_self_play.lean_decoder import LeanDecoder
 from language_self_play.prefill import Prefilled
 from language_self_play.shared_prompt import SharedPrompt, go_on
 
@@ -31,7 +31,7 @@ class Decoding(Protocol):
 
 
 class SharedDecoding:
-    """Rows behind prompts that exist once."""
+    """Rows behind prompts that exist once; with `lean` instead of the model's modules."""
 
     def __init__(
         self,
@@ -40,11 +40,13 @@ class SharedDecoding:
         logits_RV: Tensor,
         cache: SharedPrompt,
         positions_R: Tensor,
+        lean: LeanDecoder | None = None,
     ):
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.lean = model, cache, lean
         self.logits_RV, self.positions_R = logits_RV, positions_R
         self.last_position = context_length - 1
-        self.has_lean_step = has_lean_step(model)
+        if lean:
+            cache.to(lean.dtype)
 
     @classmethod
     def behind(
@@ -53,17 +55,18 @@ class SharedDecoding:
         context_length: int,
         prompts: Prefilled,
         prompt_of_row: Tensor,
+        lean: LeanDecoder | None = None,
     ) -> SharedDecoding:
         """Rows that begin behind `prompts`, which can be gone on from again."""
         cache = SharedPrompt(prompts.cache, prompts.mask_BP, prompt_of_row)
         positions = prompts.mask_BP.sum(-1)[prompt_of_row]
-        return cls(model, context_length, prompts.logits_BV[prompt_of_row], cache, positions)
+        return cls(model, context_length, prompts.logits_BV[prompt_of_row], cache, positions, lean)
 
     def step(self, tokens_R: Tensor) -> None:
         # A row that has ended may stay for a while, beyond the end of the context.
         positions = self.positions_R.clamp_max(self.last_position)
-        if self.has_lean_step:
-            self.logits_RV = next_logits(self.model, self.cache, tokens_R, positions)
+        if self.lean:
+            self.logits_RV = self.lean.next_logits(self.cache, tokens_R, positions)
         else:
             inputs = {"input_ids": tokens_R[:, None], "position_ids": positions[:, None]}
             self.logits_RV = go_on(self.model, self.cache, **inputs)[:, -1]

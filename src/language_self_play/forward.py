@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from language_self_play.decoding import SharedDecoding
 from language_self_play.errors import ModelError
+from language_self_play.lean_decoder import lean_decoder
 from language_self_play.logprobs import token_logprobs
 from language_self_play.packed_prompt import PackedPrompt
 from language_self_play.packing import MicroBatch
@@ -122,7 +123,8 @@ def _logprobs_behind_prompts(model: PreTrainedModel, batch: MicroBatch) -> Tenso
     logits.append(
         go_on(model, cache, input_ids=tokens[:, several], position_ids=positions[:, several])
     )
-    decoding = SharedDecoding(model, UNBOUNDED_CONTEXT, logits[0], cache, positions[:, last])
+    lean = lean_decoder(model)
+    decoding = SharedDecoding(model, UNBOUNDED_CONTEXT, logits[0], cache, positions[:, last], lean)
     decoding.step(tokens[:, last])
     logits.append(decoding.logits_RV[:, None])
     return token_logprobs(torch.cat(logits, 1), tokens, 1.0).view(B, K, T)

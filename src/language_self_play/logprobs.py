@@ -57,7 +57,8 @@ def draw_tokens(
     `logits` is (B, V), `uniforms` (B,) in [0, 1). The log-prob is of softmax(logits / τ), before
     top-k and top-p cut the distribution that is drawn from; ties at the cut are kept.
     """
-    probabilities = (logits.float() / temperature).softmax(-1)
+    scaled = logits if temperature == 1.0 else logits.float() / temperature
+    probabilities = scaled.softmax(-1, dtype=torch.float32)
     tokens = _inverse_cdf(truncate(probabilities, top_p, top_k), uniforms)
     return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
 

@@ -36,6 +36,7 @@ from language_self_play.forward import (
     logprobs_of_states,
     states,
 )
+from language_self_play.lean_decoder import lean_decoder
 from language_self_play.logprobs import draw_tokens
 from language_self_play.optimizer import Optimizer
 from language_self_play.packing import MicroBatch, completions_at_once
@@ -215,7 +216,9 @@ def _decoding(model: PreTrainedModel, rows: int, prompts: int, turn: Turn) -> di
     of_prompts, reading, lost = _reading(model, prompts, turn.P)
     own = -(-turn.T // PIECE) * PIECE  # buffers grow by pieces
     cache = of_prompts + rows * own * of_prompts // (prompts * turn.P)
+    lean = lean_decoder(model)
     return {
+        "weights laid out for few rows": lean.copied_bytes if lean else 0,
         "keys and values": cache,
         "a pass over the prompts, or the draw of a token": max(
             of_prompts + reading - cache, _drawing(model, rows)

@@ -75,6 +75,13 @@ class SharedPromptLayer(CacheLayerMixin):
             self.prompt_keys = self.prompt_keys[prompts]
             self.prompt_values = self.prompt_values[prompts]
 
+    def to(self, dtype: torch.dtype) -> None:
+        self.prompt_keys, self.prompt_values = (
+            self.prompt_keys.to(dtype),
+            self.prompt_values.to(dtype),
+        )
+        self.own_keys, self.own_values = self.own_keys.to(dtype), self.own_values.to(dtype)
+
     def get_seq_length(self) -> int:
         return self.length
 
@@ -129,6 +136,11 @@ class SharedPrompt(Cache):
         if prompts is not None and self.padding_BP is not None:
             self.padding_BP = self.padding_BP[prompts]
         self._place_rows(len(live))
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Go on in `dtype`; the prompts that were given stay as they are."""
+        for layer in self.of_layer:
+            layer.to(dtype)
 
     def by_prompt(self, x: Tensor) -> Tensor:
         """(R, H, M, ·) -> (B, H, K · M, ·): the rows of a prompt side by side, 0 where it has fewer."""

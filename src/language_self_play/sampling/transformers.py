@@ -7,6 +7,7 @@ have ended leave the batch as soon as there are enough of them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from language_self_play.config import Sampling
 from language_self_play.decoding import Decoding, PlainDecoding, SharedDecoding
 from language_self_play.errors import MemoryLimitError
 from language_self_play.forward import goes_on_from_shared_prompts
+from language_self_play.lean_decoder import LeanDecoder, lean_decoder
 from language_self_play.linear import linears_for_few_rows
 from language_self_play.logprobs import draw_tokens
 from language_self_play.out_of_memory import free_cached_memory, is_out_of_memory
@@ -77,8 +79,9 @@ class TransformersSampler:
         """Tokens and log-probs of every row; None if memory did not suffice."""
         drawn: dict[Row, Drawn] = {}
         try:
+            lean = lean_decoder(self.model) if self.shares_prompts else None
             with linears_for_few_rows(self.model):
-                for rows, decoding in self._batches(prompts, n, max_tokens):
+                for rows, decoding in self._batches(prompts, n, max_tokens, lean):
                     completions = self._decode(decoding, rows, key, settings, max_tokens)
                     drawn |= zip(rows, completions, strict=True)
         except Exception as error:
@@ -97,7 +100,7 @@ class TransformersSampler:
         self.batch_size = now // 2
 
     def _batches(
-        self, prompts: list[list[int]], n: int, max_tokens: int
+        self, prompts: list[list[int]], n: int, max_tokens: int, lean: LeanDecoder | None
     ) -> Iterator[tuple[list[Row], Decoding]]:
         """Rows of at most batch_size completions, prompts of similar lengths together, prefilled."""
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -109,21 +112,24 @@ class TransformersSampler:
                     behind = beginning.before([prompts[i] for i in some])
                     yield (
                         [(i, 0) for i in some],
-                        SharedDecoding(self.model, self.context_length, *behind),
+                        SharedDecoding(self.model, self.context_length, *behind, lean),
                     )
                 return
         prompts_at_once = max(1, self.batch_size // n)
         for start in range(0, len(prompts), prompts_at_once):
             some = by_length[start : start + prompts_at_once]
-            yield from self._behind_prompts(prompts, [(i, j) for i in some for j in range(n)])
+            rows = [(i, j) for i in some for j in range(n)]
+            yield from self._behind_prompts(prompts, rows, lean)
 
     def _behind_prompts(
-        self, prompts: list[list[int]], rows: list[Row]
+        self, prompts: list[list[int]], rows: list[Row], lean: LeanDecoder | None
     ) -> Iterator[tuple[list[Row], Decoding]]:
         """The rows, in slices of at most batch_size, behind their distinct prompts."""
         distinct = {p: b for b, p in enumerate({tuple(prompts[i]): None for i, _ in rows})}
         of_row = torch.tensor([distinct[tuple(prompts[i])] for i, _ in rows])
-        start_behind = SharedDecoding.behind if self.shares_prompts else PlainDecoding
+        start_behind = (
+            partial(SharedDecoding.behind, lean=lean) if self.shares_prompts else PlainDecoding
+        )
         prefilled = None
         for start in range(0, len(rows), self.batch_size):
             if prefilled is None or not self.shares_prompts:
