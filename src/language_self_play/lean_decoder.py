@@ -89,16 +89,27 @@ class LeanDecoder:
 
     def _behind(self, norm: Any, *layers: Any) -> Product:
         """Of layers whose input is the output of `norm`."""
-        if self.dtype != torch.float32 or not self.on_cpu:
+        if not self.on_cpu:
             product = lay_out(layers, self.dtype)
             return lambda x: product(_norm(norm, x))
-        product, epsilon = lay_out(layers, self.dtype, scale=norm.weight), norm.variance_epsilon
-        return lambda x: product(_unit(x, epsilon))
+        epsilon = norm.variance_epsilon
+        if self.dtype == torch.float32:
+            product = lay_out(layers, self.dtype, scale=norm.weight)
+            return lambda x: product(_unit(x, epsilon))
+        # In bfloat16 the norm's weights would be rounded twice.
+        product, weight = lay_out(layers, self.dtype), norm.weight.float()
+        return lambda x: product((_unit(x, epsilon) * weight).to(self.dtype))
 
     def next_logits(self, cache: SharedPrompt, tokens_R: Tensor, positions_R: Tensor) -> Tensor:
         """Logits (R, V) after one more token of every row, which `cache` takes up."""
         decoder: Any = self.model.model
-        hidden = embedding(tokens_R, decoder.embed_tokens.weight).to(self.dtype)
+        hidden = embedding(tokens_R, decoder.embed_tokens.weight)
+        if self.on_cpu:
+            # Sums of all layers' outputs in float32; they lie as the outputs do.
+            hidden = hidden.float()
+            if self.dtype == torch.bfloat16:
+                hidden = hidden.T.contiguous().T
+        wide = hidden.dtype
         rotation = _rotation(*decoder.rotary_emb(hidden[:, None], positions_R[:, None]))
         for index, (layer, products) in enumerate(zip(decoder.layers, self.layers, strict=True)):
             attention = layer.self_attn
@@ -106,15 +117,20 @@ class LeanDecoder:
                 y.unflatten(-1, (-1, 1, attention.head_dim))
                 for y in products.query_key_value(hidden)
             )
+            query, key = _contiguous(query, wide), _contiguous(key, wide)
             if hasattr(attention, "q_norm"):
                 query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
             query, key = _rotate(query, *rotation), _rotate(key, *rotation)
             keys, values = cache.of_layer[index].update(key, value)
-            out = cache.attend(index, query, keys, values, attention.scaling, None)
+            out = cache.attend(index, query.to(self.dtype), keys, values, attention.scaling, None)
             hidden = hidden + products.out(out.flatten(1))[0]
             gate, up = products.gate_up(hidden)
             hidden = hidden + products.down(silu(gate) * up)[0]
         return self.head(hidden)[0]
+
+
+def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
