@@ -11,7 +11,12 @@ from torch.testing import assert_close
 from language_self_play.arena.questions import held_out_problems
 from language_self_play.arena.tasks import Problem
 from language_self_play.chat import Chat
-from language_self_play.evaluate.accuracy import Accuracy, QuestionResult, arena_accuracy
+from language_self_play.evaluate.accuracy import (
+    Accuracy,
+    QuestionResult,
+    arena_accuracy,
+    evaluation_batches,
+)
 
 TOKENS_AT_ONCE = 2_000
 
@@ -20,7 +25,9 @@ def test_an_answers_probability_is_the_product_over_its_tokens_and_any_stop_toke
     tiny_llama: Any, tokenizer: Any
 ):
     stops = tokenizer.convert_tokens_to_ids(["<|end|>", "!", "?"])
-    results = arena_accuracy(tiny_llama, Chat(tokenizer, stops, {}), TOKENS_AT_ONCE).results
+    results = arena_accuracy(
+        tiny_llama, Chat(tokenizer, stops, {}), evaluation_batches(TOKENS_AT_ONCE)
+    ).results
     problems = held_out_problems()
     assert [(r.query, r.answer) for r in results] == [(q, p.answer) for q, p in problems]
     assert [(r.tier, r.task) for r in results] == [(p.tier, p.task) for _, p in problems]
@@ -43,7 +50,9 @@ def test_an_answers_probability_is_the_product_over_its_tokens_and_any_stop_toke
 
 
 def test_the_number_of_tokens_at_once_changes_nothing(tiny_llama: Any, chat: Chat):
-    few, many = (arena_accuracy(tiny_llama, chat, n).results for n in (200, 20_000))
+    few, many = (
+        arena_accuracy(tiny_llama, chat, evaluation_batches(n)).results for n in (200, 20_000)
+    )
     assert [r.greedy for r in few] == [r.greedy for r in many]
     few, many = (torch.tensor([r.probability for r in results]).log() for results in (few, many))
     assert_close(few, many, rtol=0, atol=1e-4)
@@ -77,7 +86,9 @@ def test_greedy_is_what_greedy_decoding_gives(
                 expected.append(answer == text)
     assert 20 < sum(expected) < len(expected) - 20
     monkeypatch.setattr("language_self_play.evaluate.accuracy.held_out_problems", lambda: problems)
-    results = arena_accuracy(tiny_llama, Chat(tokenizer, stops, {}), TOKENS_AT_ONCE).results
+    results = arena_accuracy(
+        tiny_llama, Chat(tokenizer, stops, {}), evaluation_batches(TOKENS_AT_ONCE)
+    ).results
     assert [r.greedy for r in results] == expected
 
 

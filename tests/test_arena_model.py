@@ -11,7 +11,7 @@ import torch
 from language_self_play.arena.tasks import describe
 from language_self_play.config import Config, Sampling, SelfReward
 from language_self_play.config import Policy as PolicySection
-from language_self_play.evaluate.accuracy import arena_accuracy
+from language_self_play.evaluate.accuracy import arena_accuracy, evaluation_batches
 from language_self_play.policy import Policy, load_chat_model
 from language_self_play.rewards.self_reward import QualityJudge
 from language_self_play.sampling.transformers import TransformersSampler
@@ -46,7 +46,7 @@ def test_its_tokenizer_is_the_one_that_the_recipe_builds(loaded):
 
 def test_the_base_has_something_to_sharpen_and_room_in_every_tier(loaded):
     chat, model = loaded
-    accuracy = arena_accuracy(model, chat, tokens_at_once=16_384)
+    accuracy = arena_accuracy(model, chat, evaluation_batches(16_384))
     assert 0.35 < accuracy.sampled()[0] < 0.65
     easy, medium, hard = (accuracy.sampled(tier)[0] for tier in accuracy.tiers())
     assert easy > medium > hard > 0.25

@@ -21,6 +21,7 @@ from language_self_play.rewards.arena import ArenaVerifier
 from language_self_play.run_folder import RunFolder
 from language_self_play.sampling.transformers import TransformersSampler
 from language_self_play.types import Completion, Posed, Query
+from out_of_memory import OUT_OF_MEMORY
 from test_train import assert_same_run, events, reproducible, small
 
 ONE_STEP = {"checkpoint": {"every": 1, "keep_last": 9}}
@@ -214,14 +215,6 @@ def test_a_self_reward_that_is_not_finite_skips_the_update(tmp_path, monkeypatch
 
 
 # ---------------------------------------------------------------- memory
-
-OUT_OF_MEMORY = {
-    "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    "cpu": RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory:"
-        " you tried to allocate 123456789 bytes. Error code 12 (Cannot allocate memory)"
-    ),
-}
 
 
 def forward_limit(monkeypatch: Any, most: int, error: Exception) -> list[int]:

@@ -70,6 +70,7 @@ ROOMS = [
             "shared_prompt",
             "packed_prompt",
             "linear",
+            "row_batches",
         ],
     ),
     ("models as they lie, groups as batches", ["pretrained", "packing"]),

@@ -358,7 +358,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(match, settings, bad):
     with pytest.raises(NonFiniteError, match="update was not made"):
         learner.step(match.solved, match.posed, ALPHA)
     assert torch.equal(weights_of(match.model), before)
-    assert learner.optimizer.state() == {}
+    assert not any(state.any() for state in learner.optimizer.state().values())  # moments, steps
 
 
 def test_a_step_after_a_failed_one_starts_from_clean_gradients(match, settings):

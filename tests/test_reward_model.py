@@ -13,14 +13,17 @@ import pytest
 import torch
 import transformers
 from tokenizers.processors import TemplateProcessing
+from torch.testing import assert_close
 
 from language_self_play import self_play
 from language_self_play.advantages import challenger_advantages, group_value
 from language_self_play.arena.tiny_model import ASSISTANT, END, PAD, USER, WORDS, build_tokenizer
 from language_self_play.chat import Chat
-from language_self_play.errors import ConfigError, ModelError, NonFiniteError, RewardError
+from language_self_play.errors import ConfigError, MemoryLimitError, ModelError, NonFiniteError
+from language_self_play.packing import batches
 from language_self_play.rewards import build_reward
-from language_self_play.rewards.reward_model import batches, bounded, role_marks
+from language_self_play.rewards.reward_model import bounded, role_marks
+from out_of_memory import OUT_OF_MEMORY, limit_rows
 
 # DeBERTa's code in transformers is compiled in a way that torch advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -335,16 +338,32 @@ def test_each_distinct_pair_is_scored_once(save, loaded):
     assert reward.costs() == {}
 
 
-def test_no_memory_for_a_batch_says_what_to_lower(save, loaded, monkeypatch):
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_without_memory_batches_are_halved_and_scores_are_the_same(kind, save, loaded):
+    folder = save("llama")
+    whole = loaded(folder)(QUERIES, ANSWERS)
+    reward = loaded(folder)
+    model, batches = reward.terms["main"][1].model, reward.batches()["main"]
+    rows = limit_rows(model, 2, OUT_OF_MEMORY[kind])
+    assert_close(reward(QUERIES, ANSWERS), whole, rtol=0, atol=1e-5)
+    # All 9 pairs are refused, then the 4 longest: half of their tokens is less than one of them has
+    # twice, so what is left goes one by one or two by two.
+    assert rows[:2] == [9, 4]
+    assert sum(n for n in rows if n <= 2) == 9
+    fitting = batches.tokens
+    del rows[:]
+    reward(QUERIES, ANSWERS)
+    assert max(rows) <= 2  # at once: the size is kept
+    assert batches.tokens == fitting < batches.configured
+
+
+def test_one_pair_without_memory_says_what_to_lower(save, loaded):
     reward = loaded(save("llama"))
-
-    def full(**inputs: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(reward.terms["main"][1].model, "forward", full)
-    with pytest.raises(
-        RewardError, match=r"2 pairs of up to 5 tokens; lower reward\.main\.tokens_per"
-    ):
+    limit_rows(reward.terms["main"][1].model, 0, OUT_OF_MEMORY["torch"])
+    expected = (
+        r"^reward\.main: no memory left for a pass over 5 tokens; lower reward\.main\.max_tok"
+    )
+    with pytest.raises(MemoryLimitError, match=expected):
         reward(["q"], [["a", "b"]])
 
 

@@ -378,8 +378,8 @@ def test_a_long_common_beginning_goes_through_the_model_once(tiny_llama: Any, ch
     sampler = TransformersSampler(tiny_llama, chat, 0, 3)
     shapes = count_passes(tiny_llama)
     sampler.sample(ALIKE, 1, "solver", Sampling(), 1)
-    # Then what is left of three prompts of 1, 1 and 2 tokens, and of two of 2 and 5.
-    assert shapes == [(1, 70), (3, 2), (2, 5)]
+    # Then what is left of three prompts of 5, 2 and 2 tokens, and of two of 1.
+    assert shapes == [(1, 70), (3, 5), (2, 1)]
 
 
 @pytest.mark.parametrize("window", [76, 80, 200])

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from language_self_play.chat import load_chat
 from language_self_play.config import Config, as_list
 from language_self_play.data import Question, load_queries, queries_of_step
 from language_self_play.errors import ConfigError, NonFiniteError
-from language_self_play.evaluate.accuracy import arena_accuracy
+from language_self_play.evaluate.accuracy import arena_accuracy, evaluation_batches
 from language_self_play.guard import in_words, places_of_logprobs, refuse_nonfinite
 from language_self_play.learner import Learner, StepResult
 from language_self_play.metrics import Turn, finite
@@ -31,11 +32,20 @@ from language_self_play.prompts import challenger_prompt
 from language_self_play.randomness import choose, stream_key
 from language_self_play.rewards import RewardSum, build_reward
 from language_self_play.rewards.self_reward import JudgeQuestions, QualityJudge, build_judge
+from language_self_play.row_batches import RowBatches
 from language_self_play.run_folder import Record, RunFolder
 from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
 from language_self_play.signals import Stops
 from language_self_play.types import Posed, Solved
+
+
+class Size(NamedTuple):
+    """A batch's size, which memory may halve: an attribute of `part`, and what it is configured as."""
+
+    part: Any
+    attribute: str
+    configured: int
 
 
 @dataclass
@@ -50,6 +60,7 @@ class Game:
     judge: QualityJudge | None
     challenger_prompts: list[ChallengerPrompt]
     questions: list[Question]
+    evaluation: RowBatches
     stops: Stops = field(default_factory=Stops)
     version: int | None = None  # of the weights, while they may be written: until their update
     skipped: int = 0  # updates in a row
@@ -86,25 +97,34 @@ class Game:
         skipped = last.get("guard/skipped", 0)
         # A run that was stopped for them has been looked at: it counts anew.
         self.skipped = skipped if skipped < self.config.guard.max_skipped else 0
-        for part, name, metric in (
-            (self.learner, "tokens_per_micro_batch", "memory/micro_batch_tokens"),
-            (self.sampler, "batch_size", "memory/rollout_batch_size"),
-        ):
-            configured = getattr(part, name)  # which may have been lowered since
-            setattr(part, name, min(configured, last.get(metric, configured)))
+        for metric, (part, attribute, configured) in self._sizes().items():
+            # The setting may have been lowered since.
+            setattr(part, attribute, min(configured, last.get(metric, configured)))
         self.told_sizes = self.halved_sizes()
 
     def halved_sizes(self) -> dict[str, int]:
         """What of the batches' sizes memory has cut below the settings, by metric."""
-        config = self.config
-        sizes = {
-            "memory/micro_batch_tokens": (
-                self.learner.tokens_per_micro_batch,
-                config.learner.tokens_per_micro_batch,
-            ),
-            "memory/rollout_batch_size": (self.sampler.batch_size, config.rollout.batch_size),
+        return {
+            metric: now
+            for metric, (part, attribute, configured) in self._sizes().items()
+            if (now := getattr(part, attribute)) < configured
         }
-        return {name: now for name, (now, configured) in sizes.items() if now < configured}
+
+    def _sizes(self) -> dict[str, Size]:
+        """Every size of a batch that memory may halve, by metric."""
+        tokens = self.config.learner.tokens_per_micro_batch
+        rows = self.config.rollout.batch_size
+        sizes = {
+            "memory/micro_batch_tokens": Size(self.learner, "tokens_per_micro_batch", tokens),
+            "memory/rollout_batch_size": Size(self.sampler, "batch_size", rows),
+            "memory/eval_batch_tokens": Size(self.evaluation, "tokens", tokens),
+        }
+        if self.judge is not None:
+            sizes["memory/judge_batch_tokens"] = Size(self.judge.batches, "tokens", tokens)
+            sizes["memory/judge_batch_size"] = Size(self.judge.sampler, "batch_size", rows)
+        for name, batches in self.reward.batches().items():
+            sizes[f"memory/{name}_batch_tokens"] = Size(batches, "tokens", batches.configured)
+        return sizes
 
     def checkpoint_is_due(self, step: int) -> bool:
         """By cadence, at the end, or because SIGUSR1 has asked for one."""
@@ -215,10 +235,9 @@ class Game:
         """The metrics of config.eval.tasks for the current weights."""
         if "arena" not in self.config.eval.tasks:
             return {}
-        tokens_at_once = self.config.learner.tokens_per_micro_batch
         system_prompt = self.config.solver.system_prompt
         accuracy = arena_accuracy(
-            self.policy.model, self.policy.chat, tokens_at_once, system_prompt
+            self.policy.model, self.policy.chat, self.evaluation, system_prompt
         )
         return finite(accuracy.metrics())
 
@@ -237,7 +256,8 @@ def prepare(config: Config) -> Game:
     judge = build_judge(config, policy) if config.algorithm == "lsp" else None
     prompts = challenger_prompts(config) if config.algorithm != "grpo" else []
     learner = Learner(policy, config)
-    return Game(config, policy, sampler, learner, reward, judge, prompts, questions)
+    evaluation = evaluation_batches(config.learner.tokens_per_micro_batch)
+    return Game(config, policy, sampler, learner, reward, judge, prompts, questions, evaluation)
 
 
 def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list[Question]]:

@@ -15,7 +15,7 @@ from language_self_play.errors import MemoryLimitError, NonFiniteError
 from language_self_play.forward import checkpointed_layers, choose_path, completion_logprobs
 from language_self_play.losses import aggregate, kl_terms, policy_gradient
 from language_self_play.optimizer import Optimizer, learning_rate
-from language_self_play.out_of_memory import free_cached_memory, is_out_of_memory
+from language_self_play.out_of_memory import unless_out_of_memory
 from language_self_play.packing import MicroBatch, micro_batches, num_tokens
 from language_self_play.policy import Policy
 from language_self_play.types import Groups
@@ -69,6 +69,7 @@ class Learner:
                 " was not made. A lower learner.lr or a larger beta usually helps",
                 places,
             )
+        self._check_room()
         self.before_update()
         self.optimizer.step(result.learning_rate)
         self.optimizer.zero_grad()  # nothing needs their memory while the next step is played
@@ -76,21 +77,28 @@ class Learner:
 
     def _gradient(self, terms: list[Term]) -> StepResult:
         """The gradient of Σ weight · L, clipped, in micro-batches as large as memory allows."""
-        while True:
+
+        def attempt() -> StepResult:
             result = StepResult()
-            self.optimizer.zero_grad()
-            try:
-                for groups, weight, beta in terms:
-                    self._backward(groups, weight, beta, result)
-                result.grad_norm = self.optimizer.clip(self.config.learner.max_grad_norm)
-                return result
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Outside of `except`: its traceback would keep the pass's tensors alive.
-            self.optimizer.zero_grad()
-            free_cached_memory()
+            for groups, weight, beta in terms:
+                self._backward(groups, weight, beta, result)
+            result.grad_norm = self.optimizer.clip(self.config.learner.max_grad_norm)
+            return result
+
+        self.optimizer.zero_grad()
+        while (result := unless_out_of_memory(attempt)) is None:
+            self.optimizer.zero_grad()  # what was added before memory ran out must not count twice
             self._halve_micro_batches(terms)
+        return result
+
+    def _check_room(self) -> None:
+        """Raises MemoryLimitError, while all weights are still whole, if an update finds no memory."""
+        # The second time without what torch's allocator had kept for later.
+        if all(unless_out_of_memory(self.optimizer.room) is None for _ in range(2)):
+            raise MemoryLimitError(
+                f"{self.policy.device} has no memory left to compute an update in, and none was made;"
+                ' learner.optimizer = "adamw_fused" needs none, and policy.lora little'
+            )
 
     def _halve_micro_batches(self, terms: list[Term]) -> None:
         """Half the tokens of the largest micro-batch. Raises MemoryLimitError if it is one completion."""
@@ -139,8 +147,9 @@ class Learner:
         references: Iterable[Tensor | None] = self._reference_logprobs(batches, groups, beta)
         penalties = None
         if beta and section.kl == "reward":
-            references = list(references)
-            penalties = self._kl_penalties(groups, beta, batches, references)
+            rows_KT = self._reference_of_all(groups, beta)
+            references = (rows_KT[b.index_BK, : b.mask_BKT.shape[-1]] for b in batches)
+            penalties = self._kl_penalties(groups, beta, rows_KT)
         kl_sum = entropy_sum = 0.0
         for batch, of_reference in zip(batches, references, strict=True):
             advantages_BK = batch.advantages_BK
@@ -178,13 +187,19 @@ class Learner:
                 logprobs = completion_logprobs(reference, batch, groups.temperature, self.path)
             yield logprobs
 
-    def _kl_penalties(
-        self,
-        groups: Groups,
-        beta: float,
-        batches: list[MicroBatch],
-        references: list[Tensor | None],
-    ) -> Tensor:
+    def _reference_of_all(self, groups: Groups, beta: float) -> Tensor:
+        """log π_Ref of all completions' tokens, masked from the loss or not: (completions, T), padded by 0."""
+        lengths = [len(c.tokens) for c in groups.completions()]
+        rows_KT = torch.zeros(len(lengths), max(lengths), device=self.policy.device)
+        batches = self._micro_batches(replace(groups, keep=None))
+        for batch, logprobs in zip(
+            batches, self._reference_logprobs(batches, groups, beta), strict=True
+        ):
+            assert logprobs is not None, "β is positive"
+            rows_KT[batch.index_BK, : logprobs.shape[-1]] = logprobs
+        return rows_KT
+
+    def _kl_penalties(self, groups: Groups, beta: float, reference_KT: Tensor) -> Tensor:
         """What the KL folded into the reward takes from each completion's advantage, flat.
 
         Each completion's own β · Σ_t log(π/π_Ref), detached, is subtracted from its reward before
@@ -192,13 +207,8 @@ class Learner:
         The sampler's log-probs are log π. Completions that are masked from the loss count in the
         centring, as their rewards do.
         """
-        if groups.keep is not None:
-            batches = self._micro_batches(replace(groups, keep=None))
-            references = list(self._reference_logprobs(batches, groups, beta))
-        penalties = torch.tensor([sum(c.logprobs) for c in groups.completions()])
-        for batch, reference in zip(batches, references, strict=True):
-            assert reference is not None, "β is positive"
-            penalties[batch.index_BK] -= reference.sum(-1).cpu()
+        of_policy = torch.tensor([sum(c.logprobs) for c in groups.completions()])
+        penalties = of_policy - reference_KT.sum(-1).cpu()
         return beta * centre(penalties.view(len(groups.groups), -1)).flatten()
 
     def _micro_batches(self, groups: Groups) -> list[MicroBatch]:

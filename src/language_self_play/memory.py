@@ -38,7 +38,7 @@ from language_self_play.forward import (
 )
 from language_self_play.lean_decoder import lean_decoder
 from language_self_play.logprobs import draw_tokens
-from language_self_play.optimizer import Optimizer
+from language_self_play.optimizer import Optimizer, working_copies
 from language_self_play.packing import MicroBatch, completions_at_once
 from language_self_play.policy import add_adapter
 from language_self_play.pretrained import (
@@ -115,7 +115,7 @@ def memory_estimate(
     gradients = FLOAT32_BYTES * num_trained
     phases["update"] = {
         "gradients": gradients,
-        "AdamW at work": _update(config, device, trained),
+        "AdamW at work": sum(w.nbytes for w in working_copies(config.learner.optimizer, trained)),
     }
     full = config.policy.lora is None
     merged = (
@@ -290,14 +290,6 @@ def _learning(
         "logits and backward pass": count.most - kept,
         **_lost(model, count),
     }
-
-
-def _update(config: Config, device: torch.device, trained: list[Tensor]) -> int:
-    """Bytes that AdamW takes to work: of all weights on a GPU, of one at a time elsewhere."""
-    sizes = [w.nbytes for w in trained]
-    if config.learner.optimizer == "adamw" and device.type == "cuda":
-        return sum(sizes)  # torch's foreach form: the square roots of all second moments
-    return 2 * max(sizes) if config.learner.optimizer == "adamw" else 0
 
 
 def _reward_models(

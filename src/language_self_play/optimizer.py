@@ -2,6 +2,9 @@
 
 A weight in bfloat16 has 8 bits of mantissa: an update below 1/256 of it would be rounded away. So
 such weights have float32 masters, which are what is optimized; the model holds their roundings.
+
+An update that ran out of memory half-way would leave some weights updated and others not. So the moments
+are there from the beginning, and what an update is computed in is tried out before it (`room`).
 """
 
 from __future__ import annotations
@@ -54,7 +57,22 @@ class Optimizer:
             self.weights[name] = master = parameter.detach().float().requires_grad_()
             # As soon as a gradient is there it moves into the master's: two copies never exist.
             parameter.register_post_accumulate_grad_hook(_accumulate_in(master))
+        self.settings = settings
         self.adamw = _adamw(list(self.weights.values()), settings)
+        self._allocate_moments()
+
+    def _allocate_moments(self) -> None:
+        """What both libraries would allocate at a weight's first update, as they do."""
+        [group] = self.adamw.param_groups
+        for index, weight in enumerate(self.weights.values()):
+            if not isinstance(self.adamw, torch.optim.AdamW):
+                self.adamw.init_state(group, weight, 0, index)  # type: ignore[attr-defined]
+                continue
+            self.adamw.state[weight] = {
+                "step": self._placed("step", torch.tensor(0.0)),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
 
     def zero_grad(self) -> None:
         # A parameter's own is gone already, unless memory ran out on its way into the master's.
@@ -64,6 +82,12 @@ class Optimizer:
     def clip(self, max_norm: float) -> float:
         """Scale the gradients to a norm of at most `max_norm`; returns the norm before."""
         return nn.utils.clip_grad_norm_(self.weights.values(), max_norm).item()
+
+    def room(self) -> int:
+        """Take the memory that the next update is computed in, and give it back; its bytes."""
+        weights = working_copies(self.settings.optimizer, list(self.weights.values()))
+        taken = [torch.empty_like(weight) for weight in weights]
+        return sum(t.nbytes for t in taken)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -114,6 +138,19 @@ class Optimizer:
         for name, weight in self.weights.items():
             if weight is not self.parameters[name]:
                 self.parameters[name].data.copy_(weight)
+
+
+def working_copies(kind: str, weights: list[Tensor]) -> list[Tensor]:
+    """Of which weights an update holds a copy's worth of memory at once.
+
+    On a GPU of all, for the square roots of the second moments (torch's foreach form); elsewhere two of
+    one weight after the other, here the largest. The other two kinds work in place.
+    """
+    if kind != "adamw":
+        return []
+    if weights[0].device.type == "cuda":
+        return weights
+    return [max(weights, key=lambda w: w.nbytes)] * 2
 
 
 def _adamw(weights: list[Tensor], settings: Learner) -> torch.optim.Optimizer:

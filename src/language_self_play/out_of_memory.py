@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
+
+T = TypeVar("T")
 
 # Some allocators raise a plain RuntimeError; these are of the CPU, of CUDA's libraries, and of MPS.
 PHRASES = (
@@ -20,7 +25,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
 
 
-def free_cached_memory() -> None:
-    """Give back what torch's allocator keeps for later, so that pieces of another size fit."""
+def unless_out_of_memory(compute: Callable[[], T]) -> T | None:
+    """What `compute` returns; None where memory ran out, and then all that it held is free again."""
+    try:
+        return compute()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside of `except`: its traceback would keep the pass's tensors alive. What torch's allocator
+    # keeps for later is given back, so that pieces of another size fit.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return None

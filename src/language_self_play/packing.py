@@ -9,6 +9,7 @@ one forward pass over the prompts serves all K completions of each (see forward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -140,14 +141,18 @@ def pad_left(rows: Iterable[list[int]], pad_id: int, device: torch.device) -> tu
     return tokens, mask
 
 
-def batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
+def batches(
+    lengths: list[int], tokens_per_batch: float, rows_per_batch: float = math.inf
+) -> Iterator[list[int]]:
     """Places of rows that go through the model together, of similar length, the longest first.
 
-    With padding a batch holds at most `tokens_per_batch` tokens, but at least one row.
+    With padding a batch holds at most `tokens_per_batch` tokens and `rows_per_batch` rows, but at least
+    one row.
     """
     batch: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch:
+        rows = len(batch) + 1
+        if batch and (rows * lengths[batch[0]] > tokens_per_batch or rows > rows_per_batch):
             yield batch
             batch = []
         batch.append(place)

@@ -34,17 +34,30 @@ class Behind(NamedTuple):
 
 def prefill(model: PreTrainedModel, prompts: list[list[int]], pad_id: int) -> Prefilled:
     """Each of the B prompts once, padded on the left."""
-    tokens_BP, mask_BP = pad_left(prompts, pad_id, model.device)
     cache = DynamicCache(config=model.config)
+    logits, mask = _pass(model, prompts, pad_id, cache)
+    return Prefilled(logits, cache, mask)
+
+
+def next_logits(model: PreTrainedModel, prompts: list[list[int]], pad_id: int) -> Tensor:
+    """The logits (B, V) of the token after each of the B prompts; no keys and values are kept."""
+    return _pass(model, prompts, pad_id, None)[0]
+
+
+def _pass(
+    model: PreTrainedModel, prompts: list[list[int]], pad_id: int, cache: DynamicCache | None
+) -> tuple[Tensor, Tensor]:
+    """The next token's logits (B, V), and the mask (B, P)."""
+    tokens_BP, mask_BP = pad_left(prompts, pad_id, model.device)
     logits = model(
         input_ids=tokens_BP,
         attention_mask=mask_BP,
         position_ids=(mask_BP.cumsum(-1) - 1).clamp_min(0),
         past_key_values=cache,
-        use_cache=True,
+        use_cache=cache is not None,
         logits_to_keep=1,
     ).logits[:, -1]
-    return Prefilled(logits, cache, mask_BP)
+    return logits, mask_BP
 
 
 class Beginning:
@@ -63,12 +76,19 @@ class Beginning:
             self.prefilled = prefill(model, [prompts[0][: self.length]], pad_id)
 
     def before(self, prompts: list[list[int]]) -> Behind:
-        """The rest of some of the prompts, one row each."""
+        """The rest of some of the prompts, one row each, to go on from."""
+        return self._pass(prompts, kept=True)
+
+    def next_logits(self, prompts: list[list[int]]) -> Tensor:
+        """The logits (R, V) of the token after each of R prompts; of their rests nothing is kept."""
+        return self._pass(prompts, kept=False).logits_RV
+
+    def _pass(self, prompts: list[list[int]], kept: bool) -> Behind:
         model = self.model
         rest, mask = pad_left([p[self.length :] for p in prompts], self.pad_id, model.device)
         nothing = torch.zeros(len(prompts), dtype=torch.int64, device=model.device)
         padding = None if mask.all() else mask == 0
-        cache = SharedPrompt(self.prefilled.cache, self.prefilled.mask_BP, nothing, padding)
+        cache = SharedPrompt(self.prefilled.cache, self.prefilled.mask_BP, nothing, padding, kept)
         positions = self.length + (mask.cumsum(-1) - 1).clamp_min(0)
         logits = go_on(model, cache, input_ids=rest, position_ids=positions, logits_to_keep=1)
         return Behind(logits[:, -1], cache, self.length + mask.sum(-1))

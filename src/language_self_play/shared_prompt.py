@@ -35,8 +35,9 @@ PIECE = 128
 class SharedPromptLayer(CacheLayerMixin):
     """One layer's keys and values: of the prompts, and of every row's own tokens."""
 
-    def __init__(self, prompt: Any, num_rows: int):
+    def __init__(self, prompt: Any, num_rows: int, kept: bool = True):
         super().__init__()
+        self.kept = kept
         assert isinstance(prompt, DynamicLayer), "forward.py tries a model out first"
         assert prompt.keys is not None, "prompts have been computed"
         assert prompt.values is not None, "prompts have been computed"
@@ -53,6 +54,8 @@ class SharedPromptLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append (R, H, Q, D) to the rows' own; returns all of those, (R, H, L, D)."""
+        if not self.kept:
+            return key_states, value_states
         end = self.length + key_states.shape[2]
         if end > self.own_keys.shape[2]:
             capacity = -(-end // PIECE) * PIECE
@@ -96,7 +99,8 @@ class SharedPrompt(Cache):
     """The cache of R rows behind B prompts: `prompt_of_row` is (R,), `mask_BP` 0 at padding.
 
     Rows whose first own tokens are padding have `own_padding_RL`, True there; with it no layer may
-    have a window that ends before the beginning of a row.
+    have a window that ends before the beginning of a row. Unless they are `kept`, the rows' own keys and
+    values live as long as their layer computes: nothing can go on from them.
     """
 
     def __init__(
@@ -105,8 +109,9 @@ class SharedPrompt(Cache):
         mask_BP: Tensor,
         prompt_of_row: Tensor,
         own_padding_RL: Tensor | None = None,
+        kept: bool = True,
     ):
-        self.of_layer = [SharedPromptLayer(x, len(prompt_of_row)) for x in prompts.layers]
+        self.of_layer = [SharedPromptLayer(x, len(prompt_of_row), kept) for x in prompts.layers]
         super().__init__(layers=[*self.of_layer])
         self.own_padding_RL = own_padding_RL
         self.padding_BP = None if mask_BP.all() else mask_BP == 0

@@ -47,13 +47,13 @@ def _accuracy(model: str, device: str, json_file: Path | None) -> int:
     from rich.text import Text
 
     from language_self_play.config import Config, Learner, Policy
-    from language_self_play.evaluate.accuracy import Accuracy, arena_accuracy
+    from language_self_play.evaluate.accuracy import Accuracy, arena_accuracy, evaluation_batches
     from language_self_play.policy import load_chat_model
     from language_self_play.pretrained import choose_device
     from language_self_play.recipe_files import merge
     from language_self_play.run_folder import RunFolder
 
-    tokens_at_once, system_prompt = Learner().tokens_per_micro_batch, None
+    batches, system_prompt = evaluation_batches(Learner().tokens_per_micro_batch), None
     section = Policy(path=model)
     if (run := RunFolder.holding(Path(model))) is not None:
         # As the run evaluates it: with its chat template and system prompt.
@@ -61,7 +61,7 @@ def _accuracy(model: str, device: str, json_file: Path | None) -> int:
         config = Config.from_table(merge(run.config(), {"policy": {"path": path}}))
         section, system_prompt = config.policy, config.solver.system_prompt
     chat, weights = load_chat_model(section, choose_device(device))
-    accuracy = arena_accuracy(weights, chat, tokens_at_once, system_prompt)
+    accuracy = arena_accuracy(weights, chat, batches, system_prompt)
     table = Table(title=Text(f"Held-out accuracy of {model} in %, with 95 % intervals"))
     for column in ("tier", "task", "questions", "sampled", "greedy"):
         table.add_column(column, justify="left" if column in ("tier", "task") else "right")

@@ -13,6 +13,9 @@ from language_self_play.arena.questions import held_out_problems
 from language_self_play.arena.tasks import TIERS
 from language_self_play.chat import Chat
 from language_self_play.packing import pad_left
+from language_self_play.row_batches import RowBatches
+
+Row = tuple[list[int], list[int]]  # prompt, answer
 
 # Two-sided 95 % of a normal distribution.
 Z_95 = 1.959964
@@ -63,9 +66,14 @@ class Accuracy:
         return [r for r in self.results if tier in (None, r.tier)]
 
 
+def evaluation_batches(tokens: int) -> RowBatches:
+    """Batches of questions of at most `tokens` tokens, for `arena_accuracy`."""
+    return RowBatches(tokens, "the arena's accuracy", "use a smaller model or another device")
+
+
 @torch.inference_mode()
 def arena_accuracy(
-    model: PreTrainedModel, chat: Chat, tokens_at_once: int, system_prompt: str | None = None
+    model: PreTrainedModel, chat: Chat, batches: RowBatches, system_prompt: str | None = None
 ) -> Accuracy:
     """Accuracy on the held-out questions.
 
@@ -74,7 +82,6 @@ def arena_accuracy(
     Greedy decoding gives the answer exactly if each of these tokens is the likeliest.
     """
     problems = held_out_problems()
-    eos = torch.tensor(chat.eos_ids)
     rows = []
     for query, problem in problems:
         rows.append(
@@ -87,31 +94,40 @@ def arena_accuracy(
     by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, (_, answer) in enumerate(rows):
         by_shape[len(answer), len(rows[i][0])].append(i)
-    probability, greedy = [0.0] * len(rows), [False] * len(rows)
-    for (answer_length, prompt_length), members in by_shape.items():
-        at_once = max(1, tokens_at_once // (answer_length + prompt_length))
-        for start in range(0, len(members), at_once):
-            chosen = members[start : start + at_once]
-            tokens, _ = pad_left(
-                [rows[i][0] + rows[i][1] for i in chosen], chat.pad_id, model.device
-            )
-            logits = model(input_ids=tokens, logits_to_keep=answer_length + 1).logits.float().cpu()
-            logprobs = logits.log_softmax(-1)
-            answers = torch.tensor([rows[i][1] for i in chosen])
-            of_answer = logprobs[:, :-1].gather(-1, answers[..., None]).squeeze(-1).sum(-1)
-            of_stop = logprobs[:, -1, eos].logsumexp(-1)
-            likeliest = logits.argmax(-1)
-            right = (likeliest[:, :-1] == answers).all(-1) & torch.isin(likeliest[:, -1], eos)
-            for i, p, g in zip(
-                chosen, (of_answer + of_stop).exp().tolist(), right.tolist(), strict=True
-            ):
-                probability[i], greedy[i] = p, g
+    found: dict[int, tuple[float, bool]] = {}
+    for members in by_shape.values():
+        some = [rows[i] for i in members]
+        found |= zip(members, _in_batches(model, chat, some, batches), strict=True)
     return Accuracy(
         [
-            QuestionResult(query, problem.answer, problem.tier, problem.task, p, g)
-            for (query, problem), p, g in zip(problems, probability, greedy, strict=True)
+            QuestionResult(query, problem.answer, problem.tier, problem.task, *found[i])
+            for i, (query, problem) in enumerate(problems)
         ]
     )
+
+
+def _in_batches(
+    model: PreTrainedModel, chat: Chat, rows: list[Row], batches: RowBatches
+) -> list[tuple[float, bool]]:
+    return batches.map(
+        lambda places: _one_batch(model, chat, [rows[i] for i in places]),
+        [len(prompt) + len(answer) for prompt, answer in rows],
+    )
+
+
+def _one_batch(model: PreTrainedModel, chat: Chat, rows: list[Row]) -> list[tuple[float, bool]]:
+    """Of rows of equal lengths: the answer's probability, and whether greedy decoding gives it."""
+    answers = torch.tensor([answer for _, answer in rows])
+    eos = torch.tensor(chat.eos_ids)
+    tokens, _ = pad_left([prompt + answer for prompt, answer in rows], chat.pad_id, model.device)
+    keep = answers.shape[1] + 1
+    logits = model(input_ids=tokens, use_cache=False, logits_to_keep=keep).logits.float().cpu()
+    logprobs = logits.log_softmax(-1)
+    of_answer = logprobs[:, :-1].gather(-1, answers[..., None]).squeeze(-1).sum(-1)
+    of_stop = logprobs[:, -1, eos].logsumexp(-1)
+    likeliest = logits.argmax(-1)
+    right = (likeliest[:, :-1] == answers).all(-1) & torch.isin(likeliest[:, -1], eos)
+    return list(zip((of_answer + of_stop).exp().tolist(), right.tolist(), strict=True))
 
 
 def _mean_interval(values: list[float]) -> tuple[float, float]:

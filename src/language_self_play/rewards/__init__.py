@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from language_self_play.config import Config
 from language_self_play.errors import NonFiniteError, RewardError
+
+if TYPE_CHECKING:
+    from language_self_play.row_batches import RowBatches
 
 # kind -> the module in this room that has it, as `build(name, section, config) -> Reward`.
 KINDS = {
@@ -28,8 +31,10 @@ class Reward:
     """What every kind of reward is: a function of a step's queries, their answers and their keys.
 
     Building one checks what can be checked at once (files, extras, isolation, the environment) and
-    loads no weights.
+    loads no weights. One that makes passes of a model of its own has `batches`.
     """
+
+    batches: RowBatches | None = None
 
     def load(self, device: torch.device) -> None:
         """Load what takes long: weights, to `device` unless configured elsewhere. Called once."""
@@ -90,6 +95,10 @@ class RewardSum:
             for name in self.parts
             for what, value in self.terms[name][1].costs().items()
         }
+
+    def batches(self) -> dict[str, RowBatches]:
+        """The batches of those rewards that make passes of a model, by name."""
+        return {name: reward.batches for name, (_, reward) in self.terms.items() if reward.batches}
 
     def close(self) -> None:
         for _, reward in self.terms.values():

@@ -20,8 +20,7 @@ from transformers import (
 
 from language_self_play.chat import special_tokens, without
 from language_self_play.config import Config, RewardModelReward
-from language_self_play.errors import ConfigError, ModelError, RewardError
-from language_self_play.packing import batches
+from language_self_play.errors import ConfigError, ModelError
 from language_self_play.pretrained import (
     announce_hub,
     choose_device,
@@ -33,6 +32,7 @@ from language_self_play.pretrained import (
     vocabulary_size,
 )
 from language_self_play.rewards import Reward, checked
+from language_self_play.row_batches import RowBatches
 
 # Llama 3's template writes today's date, and a score must not change overnight: this is the day that
 # it falls back on itself.
@@ -106,6 +106,11 @@ class RewardModel(Reward):
         self.section = section
         self.dtype = dtype if section.dtype == "auto" else section.dtype
         self.reader = reader
+        self.batches: RowBatches = RowBatches(
+            section.tokens_per_batch,
+            f"reward.{name}",
+            f"lower reward.{name}.max_tokens, or use a smaller reward model",
+        )
         self.model: PreTrainedModel | None = None
         self.cost: dict[str, float] = {}
 
@@ -144,18 +149,20 @@ class RewardModel(Reward):
         return bounded(scores, self.section.bound)
 
     def score(self, pairs: list[tuple[str, str]]) -> list[float]:
-        """The unbounded score of each pair: what the model says of it alone, without padding."""
+        """The unbounded score of each pair: what the model says of it alone, without padding.
+
+        Raises MemoryLimitError if memory does not hold a pass over one pair.
+        """
         rows = [self.reader.row(query, answer) for query, answer in pairs]
         self.cost = {
             "pairs": float(len(rows)),
             "tokens": float(sum(len(row.tokens) for row in rows)),
             "truncated": float(sum(row.truncated for row in rows)),
         }
-        scores = [0.0] * len(rows)
-        for places in batches([len(row.tokens) for row in rows], self.section.tokens_per_batch):
-            for i, score in zip(places, self._forward([rows[i] for i in places]), strict=True):
-                scores[i] = score
-        return scores
+        return self.batches.map(
+            lambda places: self._forward([rows[i] for i in places]),
+            [len(row.tokens) for row in rows],
+        )
 
     @torch.inference_mode()
     def _forward(self, rows: list[Row]) -> list[float]:
@@ -190,11 +197,6 @@ class RewardModel(Reward):
         stated, config.pad_token_id = config.pad_token_id, pad_id
         try:
             logits = model(**inputs).logits
-        except torch.OutOfMemoryError:
-            raise RewardError(
-                f"reward.{self.name}: {model.device} has no memory left for {len(rows)} pairs of up to"
-                f" {longest} tokens; lower reward.{self.name}.tokens_per_batch or max_tokens"
-            ) from None
         finally:
             config.pad_token_id = stated
         return logits.float().view(len(rows)).tolist()

@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 from language_self_play.chat import Chat
 from language_self_play.config import Config, Sampling, SelfReward
 from language_self_play.errors import ConfigError
-from language_self_play.packing import batches
 from language_self_play.policy import Policy
-from language_self_play.prefill import Beginning, prefill
+from language_self_play.prefill import Beginning, next_logits
 from language_self_play.prompts import (
     MAX_SCORE,
     SCORE_PREFIX,
@@ -25,6 +24,7 @@ from language_self_play.prompts import (
     rubric_criteria,
     rubric_text,
 )
+from language_self_play.row_batches import RowBatches
 from language_self_play.sampling.transformers import TransformersSampler
 
 
@@ -98,7 +98,11 @@ class QualityJudge:
         self.sampler = sampler
         self.as_reference = as_reference
         self.settings = settings
-        self.tokens_at_once = tokens_at_once
+        self.batches = RowBatches(
+            tokens_at_once,
+            "self_reward",
+            "use a shorter self_reward.rubric, or lower challenger.max_tokens or solver.max_tokens",
+        )
         self.unparsable_fraction = 0.0
         self.questions = JudgeQuestions(settings, sampler.chat, sampler.context_length)
 
@@ -173,24 +177,29 @@ class QualityJudge:
         shares = self.sampler.shares_prompts and len(asked) > 1
         beginning = Beginning(model, asked, pad_id) if shares else None
         skipped = beginning.length if beginning else 0
-        for places in batches([len(prompt) - skipped for prompt in asked], self.tokens_at_once):
+
+        def probabilities(places: list[int]) -> list[list[float]]:
             some = [asked[i] for i in places]
             if beginning and skipped:
-                logits = beginning.before(some).logits_RV
+                logits = beginning.next_logits(some)
             else:
-                logits = prefill(model, some, pad_id).logits_BV
-            probabilities = logits[:, self.questions.choices].float().softmax(-1).tolist()
-            for i, row in zip(places, probabilities, strict=True):
-                result[fitting[i]] = row
+                logits = next_logits(model, some, pad_id)
+            return logits[:, self.questions.choices].float().softmax(-1).tolist()
+
+        rows = self.batches.map(probabilities, [len(prompt) - skipped for prompt in asked])
+        for i, row in zip(fitting, rows, strict=True):
+            result[i] = row
         return result
 
 
 def build_judge(config: Config, policy: Policy) -> QualityJudge:
     """The reference model as judge. Its randomness is a stream of its own."""
-    sampler = TransformersSampler(policy.model, policy.chat, config.seed, config.rollout.batch_size)
-    return QualityJudge(
-        sampler, config.self_reward, config.learner.tokens_per_micro_batch, policy.as_reference
+    tokens = config.learner.tokens_per_micro_batch
+    # A judge's prompt may be much longer than a player's: a batch is bounded by its tokens, too.
+    sampler = TransformersSampler(
+        policy.model, policy.chat, config.seed, config.rollout.batch_size, prompt_tokens=tokens
     )
+    return QualityJudge(sampler, config.self_reward, tokens, policy.as_reference)
 
 
 def _next_tokens(chat: Chat, prefill: str, words: list[str]) -> list[int]:

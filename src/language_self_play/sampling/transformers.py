@@ -6,6 +6,7 @@ have ended leave the batch as soon as there are enough of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -20,7 +21,8 @@ from language_self_play.forward import goes_on_from_shared_prompts
 from language_self_play.lean_decoder import LeanDecoder, lean_decoder
 from language_self_play.linear import linears_for_few_rows
 from language_self_play.logprobs import draw_tokens
-from language_self_play.out_of_memory import free_cached_memory, is_out_of_memory
+from language_self_play.out_of_memory import unless_out_of_memory
+from language_self_play.packing import batches
 from language_self_play.prefill import Beginning, prefill
 from language_self_play.pretrained import context_length
 from language_self_play.randomness import stream_key, uniforms
@@ -36,11 +38,21 @@ Drawn = tuple[list[int], list[float]]  # tokens, log-probs
 class TransformersSampler:
     """Samples from a transformers model. Row by row the draws depend on nothing but their indices."""
 
-    def __init__(self, model: PreTrainedModel, chat: Chat, seed: int, batch_size: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chat: Chat,
+        seed: int,
+        batch_size: int,
+        prompt_tokens: float = math.inf,
+    ):
         self.model = model
         self.chat = chat
         self.seed = seed
         self.batch_size = batch_size
+        self.prompt_tokens = (
+            prompt_tokens  # of one batch, padding included, if it has several prompts
+        )
         self.step = 0
         self.context_length = context_length(model.config)
         self.shares_prompts = goes_on_from_shared_prompts(model)
@@ -62,8 +74,8 @@ class TransformersSampler:
         if not prompts:
             return []
         key = stream_key(self.seed, self.step, role)
-        while (drawn := self._draw(prompts, n, key, settings, max_tokens)) is None:
-            free_cached_memory()
+        draw = partial(self._draw, prompts, n, key, settings, max_tokens)
+        while (drawn := unless_out_of_memory(draw)) is None:
             self._halve_batches(n * len(prompts), role)
         order = [(i, j) for i in range(len(prompts)) for j in range(n)]
         texts = self.chat.decode([self._without_stop(drawn[row][0]) for row in order])
@@ -75,19 +87,14 @@ class TransformersSampler:
 
     def _draw(
         self, prompts: list[list[int]], n: int, key: int, settings: Sampling, max_tokens: int
-    ) -> dict[Row, Drawn] | None:
-        """Tokens and log-probs of every row; None if memory did not suffice."""
+    ) -> dict[Row, Drawn]:
+        """Tokens and log-probs of every row."""
         drawn: dict[Row, Drawn] = {}
-        try:
-            lean = lean_decoder(self.model) if self.shares_prompts else None
-            with linears_for_few_rows(self.model):
-                for rows, decoding in self._batches(prompts, n, max_tokens, lean):
-                    completions = self._decode(decoding, rows, key, settings, max_tokens)
-                    drawn |= zip(rows, completions, strict=True)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
+        lean = lean_decoder(self.model) if self.shares_prompts else None
+        with linears_for_few_rows(self.model):
+            for rows, decoding in self._batches(prompts, n, max_tokens, lean):
+                completions = self._decode(decoding, rows, key, settings, max_tokens)
+                drawn |= zip(rows, completions, strict=True)
         return drawn
 
     def _halve_batches(self, rows: int, role: Role) -> None:
@@ -103,21 +110,19 @@ class TransformersSampler:
         self, prompts: list[list[int]], n: int, max_tokens: int, lean: LeanDecoder | None
     ) -> Iterator[tuple[list[Row], Decoding]]:
         """Rows of at most batch_size completions, prompts of similar lengths together, prefilled."""
-        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        lengths = list(map(len, prompts))
         if n == 1 and self.shares_prompts:
             beginning = Beginning(self.model, prompts, self.chat.pad_id, max_tokens)
             if beginning.length:
-                for start in range(0, len(prompts), self.batch_size):
-                    some = by_length[start : start + self.batch_size]
+                rests = [length - beginning.length for length in lengths]
+                for some in batches(rests, self.prompt_tokens, self.batch_size):
                     behind = beginning.before([prompts[i] for i in some])
                     yield (
                         [(i, 0) for i in some],
                         SharedDecoding(self.model, self.context_length, *behind, lean),
                     )
                 return
-        prompts_at_once = max(1, self.batch_size // n)
-        for start in range(0, len(prompts), prompts_at_once):
-            some = by_length[start : start + prompts_at_once]
+        for some in batches(lengths, self.prompt_tokens, self.batch_size // n):
             rows = [(i, j) for i in some for j in range(n)]
             yield from self._behind_prompts(prompts, rows, lean)
 
