@@ -11,12 +11,14 @@ from torch.testing import assert_close
 from language_self_play.arena.questions import held_out_problems
 from language_self_play.arena.tasks import Problem
 from language_self_play.chat import Chat
+from language_self_play.errors import MemoryLimitError
 from language_self_play.evaluate.accuracy import (
     Accuracy,
     QuestionResult,
     arena_accuracy,
     evaluation_batches,
 )
+from out_of_memory import OUT_OF_MEMORY, limit_rows
 
 TOKENS_AT_ONCE = 2_000
 
@@ -56,6 +58,34 @@ def test_the_number_of_tokens_at_once_changes_nothing(tiny_llama: Any, chat: Cha
     assert [r.greedy for r in few] == [r.greedy for r in many]
     few, many = (torch.tensor([r.probability for r in results]).log() for results in (few, many))
     assert_close(few, many, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_without_memory_batches_are_halved_and_accuracy_is_the_same(
+    tiny_llama: Any, chat: Chat, kind: str
+):
+    batches = evaluation_batches(20_000)
+    whole = arena_accuracy(tiny_llama, chat, batches)
+    rows = limit_rows(tiny_llama, 8, OUT_OF_MEMORY[kind])
+    halved = arena_accuracy(tiny_llama, chat, batches)
+    refused = [n for n in rows if n > 8]
+    assert max(rows) == max(refused) > 16
+    assert sum(n for n in rows if n <= 8) == len(held_out_problems())  # each question once
+    for one, other in zip(whole.results, halved.results, strict=True):
+        assert (one.query, one.greedy) == (other.query, other.greedy)
+    few, many = (torch.tensor([r.probability for r in a.results]).log() for a in (whole, halved))
+    assert_close(few, many, rtol=0, atol=1e-4)
+    assert_close(few.exp(), many.exp(), rtol=0, atol=1e-5)
+    assert batches.tokens < batches.configured
+    del rows[:]
+    assert arena_accuracy(tiny_llama, chat, batches).results == halved.results
+    assert max(rows) <= 8  # at once: the size is kept
+
+
+def test_one_question_that_memory_does_not_hold_says_so(tiny_llama: Any, chat: Chat):
+    limit_rows(tiny_llama, 0, OUT_OF_MEMORY["torch"])
+    with pytest.raises(MemoryLimitError, match=r"^the arena's accuracy: no memory left for a pass"):
+        arena_accuracy(tiny_llama, chat, evaluation_batches(20_000))
 
 
 def test_greedy_is_what_greedy_decoding_gives(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -337,6 +338,105 @@ def test_sampling_without_memory_halves_its_batches_and_draws_the_same(kind, tmp
     assert [r["memory/rollout_batch_size"] for r in halved.metrics()] == [3, 3]
     [told] = [e for e in events(halved) if e["event"] == "out_of_memory"]
     assert told["memory/rollout_batch_size"] == 3
+
+
+def test_the_judges_replies_without_memory_are_halved_told_and_taken_up_again(
+    tmp_path, monkeypatch
+):
+    judging = {"mode": "generate", "max_tokens": 8}
+    config = small("arena", steps=2, self_reward=judging, checkpoint={"every": 1})
+    whole = self_play(config, tmp_path / "whole")
+    decode, rows_of_judge = TransformersSampler._decode, []
+
+    def limited(self: Any, decoding: Any, rows: list, *rest: Any) -> Any:
+        if self.prompt_tokens < math.inf:  # the judge's
+            rows_of_judge.append(len(rows))
+            if len(rows) > 5:
+                raise OUT_OF_MEMORY["cpu"]
+        return decode(self, decoding, rows, *rest)
+
+    monkeypatch.setattr(TransformersSampler, "_decode", limited)
+    halved = self_play(config, tmp_path / "halved")
+    # At most 18 pairs, which are 9 and then 4 at once, or fewer where pairs are equal.
+    size = next(halved.metrics())["memory/judge_batch_size"]
+    assert size in (2, 3, 4, 5)
+    for step in range(2):
+        for one, other in zip(whole.games(step), halved.games(step), strict=True):
+            assert [a["text"] for a in one["answers"]] == [a["text"] for a in other["answers"]]
+            assert [a["quality"] for a in one["answers"]] == [
+                a["quality"] for a in other["answers"]
+            ]
+    records = list(halved.metrics())
+    assert [r["memory/judge_batch_size"] for r in records] == [size, size]
+    assert not any("memory/rollout_batch_size" in r for r in records)  # the players' goes on whole
+    [told] = [e for e in events(halved) if e["event"] == "out_of_memory"]
+    assert (told["step"], told["memory/judge_batch_size"]) == (0, size)
+    del rows_of_judge[:]
+    self_play(halved.resumed_config({"steps": 3}), halved.folder, resume=True)
+    assert max(rows_of_judge) <= size
+    assert len([e for e in events(halved) if e["event"] == "out_of_memory"]) == 1
+
+
+def rows_limit(monkeypatch: Any, place: str, most: int) -> list[int]:
+    """Calls of the function at `place`, whose second argument or third is a list of rows, likewise."""
+    module, _, name = place.rpartition(".")
+    compute, sizes = getattr(importlib.import_module(module), name), []
+
+    def limited(*args: Any) -> Any:
+        sizes.append(next(len(rows) for rows in args if isinstance(rows, list)))
+        if sizes[-1] > most:
+            raise OUT_OF_MEMORY["torch"]
+        return compute(*args)
+
+    monkeypatch.setattr(place, limited)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("place", "metric"),
+    [
+        ("language_self_play.rewards.self_reward.next_logits", "memory/judge_batch_tokens"),
+        ("language_self_play.evaluate.accuracy._one_batch", "memory/eval_batch_tokens"),
+    ],
+)
+def test_scoring_and_evaluation_without_memory_are_halved_told_and_taken_up_again(
+    place, metric, tmp_path, monkeypatch
+):
+    config = small("arena", steps=2, eval={"tasks": ["arena"]}, checkpoint={"every": 1})
+    whole = self_play(config, tmp_path / "whole")
+    sizes = rows_limit(monkeypatch, place, 4)
+    halved = self_play(config, tmp_path / "halved")
+    refused = [i for i, size in enumerate(sizes) if size > 4]
+    assert 1 <= len(refused) < 10
+    assert max(refused) < len(sizes) / 2  # at the beginning alone: the size is kept
+    for record, same in zip(halved.metrics(), whole.metrics(), strict=True):
+        assert reproducible(record) == pytest.approx(reproducible(same), rel=1e-4, abs=1e-6)
+    records = list(halved.metrics())[:2]
+    assert records[0][metric] == records[1][metric] < config.learner.tokens_per_micro_batch
+    [told] = [e for e in events(halved) if e["event"] == "out_of_memory"]
+    assert (told["step"], told[metric]) == (0, records[0][metric])
+    del sizes[:]
+    self_play(halved.resumed_config({"steps": 3}), halved.folder, resume=True)
+    assert max(sizes) <= 4
+
+
+def test_an_update_without_room_ends_the_run_with_a_checkpoint_of_its_step(tmp_path, monkeypatch):
+    config = small("arena-zero", steps=3, checkpoint={"every": 100})
+    whole = self_play(config, tmp_path / "whole")
+    room = Optimizer.room
+
+    def full(self: Any) -> int:
+        if next(iter(self.adamw.state.values()))["step"] == 2:
+            raise OUT_OF_MEMORY["cpu"]
+        return room(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimizer, "room", full)
+        with pytest.raises(MemoryLimitError, match=r"no memory left to compute an update in"):
+            self_play(config, tmp_path / "part")
+    part = RunFolder(tmp_path / "part")
+    assert (part.checkpoints_folder / "step-000002").is_dir()
+    assert_same_run(whole, self_play(part.resumed_config({}), part.folder, resume=True))
 
 
 def test_sampling_that_holds_not_one_row_says_so(tmp_path, monkeypatch):

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from language_self_play.config import Config
-from language_self_play.errors import NonFiniteError
+from language_self_play.errors import MemoryLimitError, NonFiniteError
 from language_self_play.learner import Learner, StepResult
 from language_self_play.policy import Policy
 from language_self_play.types import Completion, Group, Groups, Posed, Solved
+from out_of_memory import OUT_OF_MEMORY
 
 ALPHA = 0.6
 SOLVER_BETA, CHALLENGER_BETA = 0.3, 0.7
@@ -293,6 +294,34 @@ def test_kl_in_the_reward_is_centred_over_masked_answers_too(match, settings):
     assert_same_gradient(found, expected)
 
 
+@pytest.mark.parametrize("budget", [12, 10_000])
+def test_kl_in_the_reward_takes_each_completion_through_the_reference_once(match, settings, budget):
+    match.posed = None
+    result, _ = step(match, settings(kl="reward", tokens_per_micro_batch=budget))
+    expected = watched_passes(match, settings(kl="reward", tokens_per_micro_batch=budget))
+    # Those that are masked from the loss count in the centring, so they are computed as well; the others
+    # are not computed again.
+    match.solved.keep = KEEP
+    found = watched_passes(match, settings(kl="reward", tokens_per_micro_batch=budget))
+    assert found == expected
+    assert (len(found) == 1) == (budget == 10_000)
+    # What is recorded is of the completions that are kept, with this mask and without.
+    masked, _ = step(match, settings(kl="reward", tokens_per_micro_batch=budget))
+    assert masked.kl["solver"] == pytest.approx(step(match, settings())[0].kl["solver"], rel=1e-4)
+    assert masked.kl["solver"] != pytest.approx(result.kl["solver"], rel=1e-2)
+
+
+def watched_passes(match: Match, config: Config) -> list[int]:
+    """Tokens of each pass of the reference in one step."""
+    passes: list[int] = []
+    count = match.reference.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: passes.append(args[0].numel())
+    )
+    step(match, config)
+    count.remove()
+    return passes
+
+
 @pytest.mark.parametrize("kl", KLS)
 def test_zero_advantages_and_no_kl_have_no_gradient(match, settings, kl):
     match.solved.advantages.zero_()
@@ -424,3 +453,87 @@ def test_the_reference_is_never_trained(match, settings):
     before = weights_of(match.reference)
     Learner(match.policy, settings()).step(match.solved, match.posed, ALPHA)
     assert torch.equal(weights_of(match.reference), before)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_backward_pass_without_memory_is_taken_anew_and_nothing_counts_twice(
+    match, settings, dtype, kind, again
+):
+    def learner(budget: int) -> WatchedLearner:
+        model, reference = copy.deepcopy(match.model), copy.deepcopy(match.reference)
+        policy = Policy(model.to(dtype), match.policy.chat, reference.to(dtype))
+        config = settings(tokens_per_micro_batch=budget, gradient_checkpointing=again)
+        return WatchedLearner(policy, config)
+
+    disturbed, calls, added = learner(30), iter(range(100)), []
+
+    def limited(gradient: Tensor) -> None:
+        # The second micro-batch gets as far as the first layer: the gradients of the first one, and of
+        # the layers behind this one, have been added up.
+        if next(calls) == 1:
+            added.append(disturbed.optimizer.weights["lm_head.weight"].grad.norm())
+            raise OUT_OF_MEMORY[kind]
+
+    first_layer = disturbed.policy.model.model.layers[0]
+    first_layer.self_attn.q_proj.weight.register_hook(limited)
+    retried = disturbed.step(match.solved, match.posed, ALPHA)
+    assert added[0] > 0.01
+    halved = disturbed.tokens_per_micro_batch
+    assert halved < 30
+    # Bit for bit what these smaller micro-batches give by themselves,
+    alone = learner(halved)
+    assert vars(alone.step(match.solved, match.posed, ALPHA)) == vars(retried)
+    assert torch.equal(disturbed.gradient, alone.gradient)
+    # and but for rounding what the larger ones give: in bfloat16 to 2^-9 in each of many steps.
+    whole = learner(30)
+    result = whole.step(match.solved, match.posed, ALPHA)
+    tolerance = GRADIENT_TOLERANCE if dtype == torch.float32 else 0.05
+    assert whole.gradient.norm() > 0.01
+    difference = (disturbed.gradient - whole.gradient).norm()
+    assert difference <= tolerance * whole.gradient.norm()
+    for name in ("loss", "grad_norm", "kl", "entropy"):
+        expected = pytest.approx(getattr(result, name), rel=tolerance, abs=1e-6)
+        assert getattr(retried, name) == expected, name
+
+
+def test_an_update_without_room_is_not_begun(match, settings, monkeypatch):
+    learner = Learner(match.policy, settings())
+    before, begun, refused = weights_of(match.model), [], []
+    learner.before_update = lambda: begun.append(True)
+
+    def full(*_: Any, **__: Any) -> Tensor:
+        refused.append(True)
+        raise OUT_OF_MEMORY["torch"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("language_self_play.optimizer.torch.empty_like", full)
+        with pytest.raises(MemoryLimitError, match=r"^cpu has no memory left to compute an update"):
+            learner.step(match.solved, match.posed, ALPHA)
+    assert (len(refused), begun) == (2, [])
+    assert torch.equal(weights_of(match.model), before)
+    learner.step(match.solved, match.posed, ALPHA)
+    assert not torch.equal(weights_of(match.model), before)
+    assert begun == [True]
+
+
+def test_an_update_that_finds_room_once_the_allocator_has_tidied_up_is_made(
+    match, settings, monkeypatch
+):
+    learner, calls = Learner(match.policy, settings()), []
+    before, empty_like = weights_of(match.model), torch.empty_like
+
+    def full_once(*args: Any, **options: Any) -> Tensor:
+        calls.append(True)
+        if len(calls) == 1:
+            raise OUT_OF_MEMORY["cpu"]
+        return empty_like(*args, **options)
+
+    monkeypatch.setattr("language_self_play.optimizer.torch.empty_like", full_once)
+    learner.step(match.solved, match.posed, ALPHA)
+    assert len(calls) > 1
+    assert not torch.equal(weights_of(match.model), before)

@@ -170,12 +170,11 @@ def test_a_draw_for_many_rows_behind_short_prompts_takes_its_logits_three_times(
 
 
 def test_the_update_on_the_cpu_takes_two_copies_of_the_largest_weight_and_fused_none(folder: Path):
-    trained = [torch.zeros(10), torch.zeros(50)]
-    config = config_of(folder)
-    assert memory._update(config, CPU, trained) == 2 * 200
-    assert memory._update(config, torch.device("cuda"), trained) == 240
-    fused = config_of(folder, learner={"optimizer": "adamw_fused"})
-    assert memory._update(fused, torch.device("cuda"), trained) == 0
+    # The largest weight of these is that of 300 tokens, 64 numbers of 4 bytes each.
+    turns = [Turn(1, 10, 2, 7)]
+    for name, size in (("adamw", 2 * 300 * 64 * 4), ("adamw_fused", 0)):
+        config = config_of(folder, learner={"optimizer": name})
+        assert memory.memory_estimate(config, turns).phases["update"]["AdamW at work"] == size
 
 
 @pytest.mark.slow

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from language_self_play.config import Learner
-from language_self_play.optimizer import Optimizer, learning_rate
+from language_self_play.memory import LiveBytes
+from language_self_play.optimizer import Optimizer, learning_rate, working_copies
 
 OPTIMIZERS = ("adamw", "adamw_fused", "adamw_8bit")
 # bitsandbytes keeps small tensors in 32 bits; this one is large enough for 8.
@@ -98,6 +100,54 @@ def test_from_a_saved_state_it_goes_on_bit_for_bit(name, dtype):
     learn(second, optimizer, range(3, 6))
     for n, weight in whole.named_parameters():
         assert torch.equal(getattr(second, n), weight), n
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_keeps_no_memory_and_is_computed_in_the_room_that_was_tried_out(name, dtype):
+    model = model_of(dtype)
+    optimizer = Optimizer(model, Learner(optimizer=name))
+    (model.large.float().sum() + model.small.float().sum()).backward()
+    gradients = [w.grad for w in optimizer.weights.values()]
+    moments = [v for s in optimizer.adamw.state.values() for v in s.values() if torch.is_tensor(v)]
+    with LiveBytes(
+        [*model.parameters(), *optimizer.weights.values(), *gradients, *moments]
+    ) as count:
+        optimizer.step(1e-2)
+    assert count.now == 0
+    # Two copies of the larger weight, 4 bytes a number; the other two kinds work in place.
+    assert count.most == optimizer.room() == (2 * 4 * 96 * 64 if name == "adamw" else 0)
+
+
+def test_on_a_gpu_all_weights_are_updated_at_once():
+    with FakeTensorMode():
+        weights = [torch.empty(10, device="cuda"), torch.empty(50, device="cuda")]
+        assert working_copies("adamw", weights) == weights
+        assert working_copies("adamw_fused", weights) == []
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_that_are_there_from_the_beginning_change_no_update(name):
+    ours, theirs = model_of(), model_of()
+    learn(ours, Optimizer(ours, Learner(optimizer=name)), range(3))
+    optimizer = Optimizer(theirs, Learner(optimizer=name))
+    optimizer.adamw.state.clear()  # the library makes its own, at the first update
+    learn(theirs, optimizer, range(3))
+    for n, weight in theirs.named_parameters():
+        assert torch.equal(getattr(ours, n), weight), n
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_of_before_the_first_update_goes_on_bit_for_bit(name):
+    whole, resumed = model_of(), model_of()
+    optimizer = Optimizer(whole, Learner(optimizer=name))
+    state = {name: value.clone() for name, value in optimizer.state().items()}
+    learn(whole, optimizer, range(2))
+    optimizer = Optimizer(resumed, Learner(optimizer=name))
+    optimizer.load_state(state)
+    learn(resumed, optimizer, range(2))
+    for n, weight in whole.named_parameters():
+        assert torch.equal(getattr(resumed, n), weight), n
 
 
 def test_in_bfloat16_many_small_updates_add_up():

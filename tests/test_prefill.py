@@ -13,7 +13,13 @@ from torch.testing import assert_close
 from language_self_play import prefill as module
 from language_self_play.decoding import SharedDecoding
 from language_self_play.lean_decoder import lean_decoder
-from language_self_play.prefill import SHORTEST_BEGINNING, Beginning, beginning_length, prefill
+from language_self_play.prefill import (
+    SHORTEST_BEGINNING,
+    Beginning,
+    beginning_length,
+    next_logits,
+    prefill,
+)
 
 LOGIT_TOLERANCE = 1e-5
 PAD = 0
@@ -56,6 +62,8 @@ def test_prefilled_prompts_have_the_logits_of_each_alone(any_model: Any):
     expected = torch.stack([plain_logits(any_model, p) for p in prompts])
     assert expected.std() > 0.3
     assert_close(found.logits_BV, expected, rtol=0, atol=LOGIT_TOLERANCE)
+    read_once = next_logits(any_model, prompts, PAD)
+    assert_close(read_once, expected, rtol=0, atol=LOGIT_TOLERANCE)
     assert found.mask_BP.sum(-1).tolist() == [2, 9, 1, 2]
     assert found.mask_BP[0].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1]
     sevens = prefill(any_model, prompts, pad_id=7)
@@ -77,6 +85,8 @@ def test_behind_a_beginning_prompts_have_the_logits_of_each_alone(
     for some in ([2], [3, 0], [0, 1, 2, 3]):
         behind = beginning.before([PROMPTS[i] for i in some])
         assert_close(behind.logits_RV, expected[some], rtol=0, atol=LOGIT_TOLERANCE)
+        read_once = beginning.next_logits([PROMPTS[i] for i in some])
+        assert_close(read_once, expected[some], rtol=0, atol=LOGIT_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral"])

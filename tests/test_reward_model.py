@@ -22,7 +22,7 @@ from language_self_play.chat import Chat
 from language_self_play.errors import ConfigError, MemoryLimitError, ModelError, NonFiniteError
 from language_self_play.packing import batches
 from language_self_play.rewards import build_reward
-from language_self_play.rewards.reward_model import bounded, role_marks
+from language_self_play.rewards.reward_model import RewardModel, bounded, role_marks
 from out_of_memory import OUT_OF_MEMORY, limit_rows
 
 # DeBERTa's code in transformers is compiled in a way that torch advises against.
@@ -712,6 +712,31 @@ def test_a_random_policy_plays_for_a_reward_model(kind, save, make_model, make_c
         # LSP-Zero: the Challenger earns -V.
         value = sum(answer["reward"] for answer in game["answers"]) / 3
         assert game["challenger_reward"] == pytest.approx(-value, abs=1e-5)
+
+
+def test_a_reward_models_halved_batches_are_told_and_taken_up_again(
+    save, make_config, tmp_path, monkeypatch
+):
+    section = {"kind": "reward_model", "path": str(save("llama"))}
+    config = make_config(reward={"main": section}, checkpoint={"every": 1})
+    forward, sizes = RewardModel._forward, []
+
+    def limited(self: Any, rows: Any) -> Any:
+        sizes.append(len(rows))
+        if len(rows) > 3:
+            raise OUT_OF_MEMORY["cpu"]
+        return forward(self, rows)
+
+    monkeypatch.setattr(RewardModel, "_forward", limited)
+    run = self_play(config, tmp_path / "run")
+    tokens = [record["memory/main_batch_tokens"] for record in run.metrics()][:2]
+    assert tokens[0] == tokens[1] < 16_384
+    events = [json.loads(line) for line in run.events_file.read_text().splitlines()]
+    [told] = [e for e in events if e["event"] == "out_of_memory"]
+    assert (told["step"], told["memory/main_batch_tokens"]) == (0, tokens[0])
+    del sizes[:]
+    self_play(run.resumed_config({"steps": 3}), run.folder, resume=True)
+    assert 0 < max(sizes) <= 3
 
 
 def plain(text: str) -> str:

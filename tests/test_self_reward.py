@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,20 @@ from torch.testing import assert_close
 from language_self_play import prefill
 from language_self_play.chat import Chat
 from language_self_play.config import Config, Sampling, SelfReward
-from language_self_play.errors import ConfigError, NonFiniteError, RewardError
+from language_self_play.errors import (
+    ConfigError,
+    MemoryLimitError,
+    NonFiniteError,
+    RewardError,
+)
 from language_self_play.policy import Policy
 from language_self_play.prompts import CRITERION_QUESTION, RUBRIC
 from language_self_play.rewards import RewardSum, build_reward
 from language_self_play.rewards.python import PythonFunction
 from language_self_play.rewards.self_reward import QualityJudge, build_judge
 from language_self_play.sampling.transformers import TransformersSampler
+from language_self_play.signals import Abandoned
+from out_of_memory import OUT_OF_MEMORY, limit_rows
 
 QUERIES = ["1+2", "reverse kite"]
 ANSWERS = [["3", "12"], ["etik", "a rather long answer"]]
@@ -97,6 +106,54 @@ def test_the_rubrics_shared_beginning_is_computed_once(
     assert len(instructions) < sum(tokens) < len(instructions) + 4 * 60
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "behind a beginning"])
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_expected_without_memory_halves_its_batches_and_scores_the_same(
+    tiny_llama, chat, tmp_path, kind, shared
+):
+    rubric = tmp_path / "rubric.txt"
+    rubric.write_text(f"{'abcdefgh' * 20 if shared else ''} {{query}} {{answer}}")
+    judge = make_judge(tiny_llama, chat, "expected", rubric=str(rubric))
+    whole = judge(QUERIES, ANSWERS)
+    rows = limit_rows(tiny_llama, 2, OUT_OF_MEMORY[kind])
+    assert_close(judge(QUERIES, ANSWERS), whole, rtol=0, atol=1e-5)
+    assert whole.std() > 0.01
+    # The beginning is one row. All four pairs are refused; half of their tokens is two of the longest.
+    assert rows == [1, 4, 2, 2] if shared else [4, 2, 2]
+    del rows[:]
+    judge(QUERIES, ANSWERS)
+    assert max(rows) == 2  # at once: the size is kept
+    assert judge.batches.tokens < judge.batches.configured
+
+
+def test_one_prompt_that_memory_does_not_hold_says_what_to_lower(tiny_llama, chat):
+    judge = make_judge(tiny_llama, chat, "expected")
+    limit_rows(tiny_llama, 0, OUT_OF_MEMORY["torch"])
+    # <|user|>, `Judge `, `reverse `, four letters, ` => `, 20 characters, <|assistant|>, <score>.
+    expected = r"^self_reward: no memory left for a pass over \d+ tokens; use a shorter self_reward"
+    with pytest.raises(MemoryLimitError, match=expected):
+        judge(QUERIES, ANSWERS)
+
+
+def test_prompts_that_are_read_once_leave_no_keys_and_values(tiny_llama, chat, tmp_path):
+    rubric = tmp_path / "rubric.txt"
+    rubric.write_text(f"{'abcdefgh' * 20} {{query}} {{answer}}")
+    caches: list[Any] = []
+    short = make_judge(tiny_llama, chat, "expected")
+    long = make_judge(tiny_llama, chat, "expected", rubric=str(rubric))
+    tiny_llama.register_forward_hook(
+        lambda module, args, output: caches.append(output.past_key_values)
+    )
+    short(QUERIES, ANSWERS)
+    assert caches == [None]
+    del caches[:]
+    long(QUERIES, ANSWERS)
+    # The beginning's are kept, which the pairs go on from; their own are not.
+    [beginning, rests] = caches
+    assert beginning.get_seq_length() > len("abcdefgh" * 20)
+    assert [x.own_keys.numel() + x.own_values.numel() for x in rests.of_layer] == [0, 0]
+
+
 def test_equal_pairs_are_asked_about_once(tiny_llama, chat, digit_scores):
     judge = make_judge(tiny_llama, chat, "expected")
     rows = []
@@ -152,6 +209,17 @@ def test_criteria_sums_the_probability_of_yes_over_the_seven_criteria(long_llama
     scores = judge([query], [[answer, answer]])
     assert_close(scores, torch.full((1, 2), expected), rtol=1e-5, atol=0)
     assert abs(expected - 3.5) > 0.1
+
+
+def test_criteria_without_memory_halve_their_batches_and_score_the_same(long_llama, chat):
+    judge = make_judge(long_llama, chat, "criteria", rubric="default")
+    whole = judge(QUERIES, ANSWERS)
+    rows = limit_rows(long_llama, 5, OUT_OF_MEMORY["torch"])
+    assert_close(judge(QUERIES, ANSWERS), whole, rtol=0, atol=1e-5)
+    # Four pairs with seven questions each; what has been computed when memory runs out again is kept.
+    computed = [n for n in rows if n <= 5]
+    assert rows[0] == 28 or rows[:2] == [1, 28]
+    assert sum(computed) in (28, 29)
 
 
 def test_criteria_of_each_pair_stay_together(long_llama, chat):
@@ -221,6 +289,46 @@ def test_without_any_score_quality_is_zero_and_all_are_counted(make_markov_model
     judge = make_judge(scoring_model(make_markov_model, {"x": 1.0}), chat, "generate")
     assert judge(QUERIES, ANSWERS).tolist() == [[0.0, 0.0], [0.0, 0.0]]
     assert judge.unparsable_fraction == 1.0
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "behind a beginning"])
+def test_the_judges_prompts_are_prefilled_within_its_tokens(
+    tiny_llama, endless_chat, make_config, tmp_path, shared
+):
+    rubric = tmp_path / "rubric.txt"
+    rubric.write_text(f"{'abcdefgh' * 20 if shared else ''} {{query}} {{answer}}")
+    settings = {"rubric": str(rubric), "mode": "generate", "max_tokens": 5}
+    queries, answers = ["1"], [["2" * 25, *(f"{i}" * 8 for i in range(7))]]
+
+    def judged(tokens: int) -> tuple[list[tuple[int, int]], list[str]]:
+        learner = {"tokens_per_micro_batch": tokens}
+        config = make_config(algorithm="lsp", self_reward=settings, learner=learner)
+        judge = build_judge(config, Policy(tiny_llama, endless_chat, tiny_llama))
+        shapes: list[tuple[int, int]] = []
+        replies: list[str] = []
+        sample = judge.sampler.sample
+
+        def watched(*args: Any) -> Any:
+            groups = sample(*args)
+            replies.extend(g.completions[0].text for g in groups)
+            return groups
+
+        judge.sampler.sample = watched
+        count = tiny_llama.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: shapes.append(tuple(args[0].shape))
+        )
+        judge(queries, answers)
+        count.remove()
+        return [s for s in shapes if len(s) == 2 and s[1] > 1], replies
+
+    prefilled, replies = judged(40)
+    rests = prefilled[1:] if shared else prefilled
+    assert max(rows * length for rows, length in rests) <= 40
+    assert sum(rows for rows, _ in rests) == 8
+    assert len(rests) > 2
+    together, expected = judged(100_000)
+    assert [rows for rows, _ in together] == ([1, 8] if shared else [8])
+    assert replies == expected  # what is drawn depends on no batch
 
 
 def test_a_reply_that_is_cut_off_before_its_score_is_counted(make_markov_model, chat):
@@ -340,6 +448,51 @@ def raises(queries: list[str], answers: list[str]) -> list[float]:
 def raises_late(queries: list[str], answers: list[str]) -> Iterator[float]:
     yield 1.0
     raise ZeroDivisionError("late")
+
+
+class Leaves(SystemExit):
+    """What a program of the user's own may end by."""
+
+
+class Interrupts(KeyboardInterrupt):
+    """What a debugger or a console may turn Ctrl-C into."""
+
+
+@pytest.mark.parametrize(
+    ("leave", "message"),
+    [
+        (lambda: sys.exit(3), r"raised SystemExit: 3 \(.*test_self_reward\.py:\d+\)$"),
+        (lambda: sys.exit(), r"raised SystemExit:"),  # which would be a success
+        (lambda: throw(Leaves("done")), r"raised Leaves: done"),
+        (lambda: throw(asyncio.CancelledError("gave up")), r"raised CancelledError: gave up"),
+    ],
+    ids=["exit code", "no exit code", "its own exit", "cancelled"],
+)
+def test_a_reward_that_leaves_the_program_is_reported_by_name(leave, message):
+    with pytest.raises(RewardError, match=rf"^reward\.mine: {message}"):
+        mine(lambda queries, answers: leave())(QUERIES, ANSWERS)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Interrupts, Abandoned])
+def test_an_interruption_of_a_reward_is_the_runs_own(error):
+    with pytest.raises(error):
+        mine(lambda queries, answers: throw(error()))(QUERIES, ANSWERS)
+
+
+def throw(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("leave", ["sys.exit(0)", "raise asyncio.CancelledError", "raise Exit"])
+def test_a_module_that_leaves_the_program_is_reported_by_its_reward(
+    make_config, tmp_path, monkeypatch, leave
+):
+    before = "import asyncio, sys\nclass Exit(SystemExit): pass\n"
+    (tmp_path / "leaves.py").write_text(f"{before}{leave}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    section = {"kind": "python", "function": "leaves:reward"}
+    with pytest.raises(RewardError, match=r"^reward\.main\.function = .* importing leaves raised"):
+        build_reward(make_config(reward={"main": section}))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,10 @@ from typing import Any
 from language_self_play.config import Config, PythonReward
 from language_self_play.errors import RewardError
 from language_self_play.rewards import Reward, checked, shown
+from language_self_play.signals import Abandoned
+
+# Ctrl-C, and a step that is given up: whatever else ends a function, sys.exit too, is the function's.
+RUNS_OWN = (KeyboardInterrupt, Abandoned)
 
 
 class PythonFunction(Reward):
@@ -34,7 +38,9 @@ class PythonFunction(Reward):
         try:
             returned = self.function(*arguments)
             values = list(returned) if isinstance(returned, Iterable) else [returned]
-        except (Exception, SystemExit) as error:
+        except RUNS_OWN:
+            raise
+        except BaseException as error:
             # A reward is the user's code; whatever it raises is reported under its name.
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(
@@ -75,7 +81,9 @@ def load_function(name: str, target: str) -> Callable[..., Any]:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         raise RewardError(f"reward.{name}.function = {target!r}: {error}") from None
-    except (Exception, SystemExit) as error:
+    except RUNS_OWN:
+        raise
+    except BaseException as error:
         # Importing runs the user's module; whatever it raises is reported under its name.
         raise RewardError(
             f"reward.{name}.function = {target!r}: importing {module_name} raised"
