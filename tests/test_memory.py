@@ -12,13 +12,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MambaConfig,
+    PreTrainedConfig,
 )
 
 from language_self_play import memory
 from language_self_play.config import Config
+from language_self_play.forward import ForwardPath, choose_path
 from language_self_play.memory import LiveBytes, Turn
 
 MIB = 2**20
@@ -85,11 +90,11 @@ def test_what_fake_passes_take_is_what_real_ones_take(folder: Path, again: bool)
     config = config_of(folder, learner=learner)
     turn = Turn(groups=2, P=9, K=3, T=7)
     real = AutoModelForCausalLM.from_pretrained(folder).eval()
-    taken = memory._learning(real, config, list(real.parameters()), turn)
+    taken = memory._learning(real, config, list(real.parameters()), turn, ForwardPath())
     with FakeTensorMode(allow_non_fake_inputs=True):
         found = AutoConfig.from_pretrained(folder)
         fake = memory._fake_model(config, found, torch.float32, CPU)
-        estimated = memory._learning(fake, config, list(fake.parameters()), turn)
+        estimated = memory._learning(fake, config, list(fake.parameters()), turn, ForwardPath())
         reading = memory._reading(fake, 2, 9)
     assert estimated["gradients"] == taken["gradients"] == 4 * real.num_parameters()
     # The attention kernel keeps its masks in other forms on tensors without numbers.
@@ -105,7 +110,7 @@ def test_backward_passes_are_counted_beside_the_gradients_of_earlier_ones(folder
     config = config_of(folder)
     real = AutoModelForCausalLM.from_pretrained(folder).eval()
     turn = Turn(groups=1, P=3, K=2, T=2)
-    parts = memory._learning(real, config, list(real.parameters()), turn)
+    parts = memory._learning(real, config, list(real.parameters()), turn, ForwardPath())
     largest = max(p.nbytes for p in real.parameters())
     # Gradients are added to those that are there: at least the largest one exists twice.
     assert sum(parts.values()) >= 4 * real.num_parameters() + largest
@@ -147,12 +152,85 @@ def test_a_reward_model_on_the_same_device_counts_with_its_pass_and_elsewhere_no
 
 
 def test_a_judge_that_writes_needs_a_cache_for_all_its_replies(folder: Path):
-    config = config_of(folder, algorithm="lsp")
+    config = config_of(folder, algorithm="lsp", learner={"tokens_per_micro_batch": 1000})
     parts = memory.memory_estimate(
         config, [Turn(2, 9, 3, 7)], judging=Turn(groups=6, P=50, K=1, T=200)
     ).phases["judging"]
     # A token's keys and values are 768 bytes; 6 prompts of 50, 6 replies in buffers of 256.
     assert parts["keys and values"] == 768 * 6 * (50 + 256)
+
+
+def test_a_judge_that_reads_keeps_no_keys_and_values(folder: Path):
+    for mode in ("expected", "criteria"):
+        config = config_of(folder, algorithm="lsp", self_reward={"mode": mode})
+        parts = memory.memory_estimate(config, [Turn(2, 9, 3, 7)], Turn(6, 50, 1, 1))
+        assert set(parts.phases["judging"]) <= {"a pass over the prompts", memory.LOST}
+
+
+def test_a_judges_prompts_are_read_within_its_tokens(folder: Path):
+    judging = Turn(groups=6, P=50, K=1, T=200)
+    config = config_of(folder, algorithm="lsp", learner={"tokens_per_micro_batch": 120})
+    parts = memory.memory_estimate(config, [Turn(2, 9, 3, 7)], judging).phases["judging"]
+    # Two prompts of 50 tokens, not three, are within 120; see the test above.
+    assert parts["keys and values"] == 768 * 2 * (50 + 256)
+
+
+# ---------------------------------------------------------------- the path that learning will take
+
+
+def small_model(name: str) -> PreTrainedConfig:
+    shape = {"vocab_size": 300, "hidden_size": 64, "initializer_range": 0.2}
+    match name:
+        case "bloom":  # biases scores by distance, in attention of its own
+            return BloomConfig(**shape, n_layer=3, n_head=4)
+        case "mamba":  # no attention at all
+            return MambaConfig(**shape, num_hidden_layers=2, state_size=4)
+        case _:
+            config = LlamaConfig if name == "llama" else Gemma2Config
+            heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+            return config(**shape, **heads, intermediate_size=160, num_hidden_layers=3)
+
+
+@pytest.mark.filterwarnings("ignore:.* has a kind of attention that knows no shared prompts")
+@pytest.mark.filterwarnings("ignore:.* gives no logits for hidden states alone")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "mamba"])
+def test_what_shapes_tell_of_the_path_is_what_learning_takes(folder: Path, name: str):
+    found = small_model(name)
+    torch.manual_seed(0)
+    taken = choose_path(AutoModelForCausalLM.from_config(found).eval())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = memory._fake_model(config_of(folder), found, torch.float32, CPU)
+        assert memory.static_path(fake) == taken
+    assert taken.shared_prompt == (name in ("llama", "gemma2"))
+
+
+def test_without_shared_prompts_micro_batches_hold_each_prompt_once_a_completion(folder: Path):
+    config = config_of(folder, learner={"tokens_per_micro_batch": 100})
+    turn = Turn(groups=4, P=9, K=3, T=7)
+    # Shared: 9 + 3 · 7 = 30 tokens a group, three groups in 100. Whole: 3 · (9 + 7) = 48, two.
+    assert memory.largest_micro_batch(turn, config) == (3, 3)
+    assert memory.largest_micro_batch(turn, config, shared_prompt=False) == (2, 3)
+    # A group of 48 tokens in 40: 40 // 16 = 2 completions at once.
+    small = config_of(folder, learner={"tokens_per_micro_batch": 40})
+    assert memory.largest_micro_batch(turn, small, shared_prompt=False) == (1, 2)
+
+
+def test_the_estimate_follows_a_model_that_knows_no_shared_prompts(tmp_path: Path):
+    torch.manual_seed(0)
+    real = AutoModelForCausalLM.from_config(small_model("bloom")).eval()
+    real.save_pretrained(tmp_path / "bloom")
+    config = config_of(tmp_path / "bloom")
+    # The prompt is long enough that sharing it would be faster, too.
+    turn = Turn(groups=1, P=20, K=3, T=7)
+    estimate = memory.memory_estimate(config, [turn])
+    assert not estimate.shared_prompt
+    taken = memory._learning(
+        real, config, list(real.parameters()), turn, ForwardPath(shared_prompt=False)
+    )
+    for part in ("kept by the forward pass of a micro-batch", "logits and backward pass"):
+        assert estimate.phases["learning"][part] == pytest.approx(taken[part], rel=0.1)
+    # Three rows that each keep 20 + 7 tokens: keys and values of 3 layers, 64 numbers of 4 bytes.
+    assert estimate.phases["sampling"]["keys and values"] == 3 * 27 * 2 * 3 * 64 * 4
 
 
 def test_a_draw_for_many_rows_behind_short_prompts_takes_its_logits_three_times(folder: Path):

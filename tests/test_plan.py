@@ -111,6 +111,24 @@ def test_tokens_and_micro_batches_are_no_less_than_those_of_the_longest_possible
     assert plan["tokens learned from, at most"] >= 32 * (len(prompt) + 8 * 12) + 3 + 32 * 20
 
 
+@pytest.mark.usefixtures("here")
+def test_a_model_that_knows_no_shared_prompts_counts_them_once_a_completion(here, capsys):
+    from transformers import BloomConfig
+
+    assert main(["train", "recipe.toml", "--dry-run", "--device=cpu"]) == 0
+    shared = " ".join(capsys.readouterr().out.split())
+    assert "knows no shared prompts" not in shared
+    for file in (here / "model").glob("config.json"):
+        file.unlink()
+    BloomConfig(vocab_size=107, hidden_size=16, n_layer=2, n_head=2).save_pretrained(here / "model")
+    assert main(["train", "recipe.toml", "--dry-run", "--device=cpu"]) == 0
+    whole = " ".join(capsys.readouterr().out.split())
+    assert "knows no shared prompts: a prompt is computed" in whole
+    # 256 answers of 12 tokens and their prompts of 22, 32 queries of 20 and their prompt of 3.
+    assert f"tokens learned from, at most │ {256 * (12 + 22) + 32 * (20 + 3):,} │" in whole
+    assert f"tokens learned from, at most │ {256 * 12 + 32 * 22 + 32 * 20 + 3:,} │" in shared
+
+
 # 683,904 parameters (see test_arena_tiny_model); in bytes of float32.
 WEIGHTS = 4 * 683_904
 CACHE = "keys and values"

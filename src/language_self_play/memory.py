@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +37,7 @@ from language_self_play.forward import (
     states,
 )
 from language_self_play.lean_decoder import lean_decoder
-from language_self_play.logprobs import draw_tokens
+from language_self_play.logprobs import draw_tokens, token_logprobs
 from language_self_play.optimizer import Optimizer, working_copies
 from language_self_play.packing import MicroBatch, completions_at_once
 from language_self_play.policy import add_adapter
@@ -49,7 +49,7 @@ from language_self_play.pretrained import (
     resolve_model,
     vocabulary_size,
 )
-from language_self_play.shared_prompt import PIECE, attention_to_shared_prompts
+from language_self_play.shared_prompt import PIECE, attention_to_shared_prompts, layer_windows
 
 FLOAT32_BYTES = 4
 # AdamW's two moments, bytes a weight. Of 8 bits: and a float32 scale for each block of 256.
@@ -80,6 +80,7 @@ class MemoryEstimate:
     device: str
     always: dict[str, int]
     phases: dict[str, dict[str, int]]
+    shared_prompt: bool = True  # a prompt exists once for all its completions
 
     @property
     def peak(self) -> int:
@@ -106,10 +107,12 @@ def memory_estimate(
         trained = list(optimizer.weights.values())
         masters = [w for n, w in optimizer.weights.items() if w is not optimizer.parameters[n]]
         num_trained = sum(w.numel() for w in trained)
+        path = static_path(model)
+        shared = path.shared_prompt
         phases = {
-            "sampling": _largest([_sampling(model, config, turn) for turn in turns]),
-            "judging": {} if judging is None else _judging(model, config, judging),
-            "learning": _largest([_learning(model, config, trained, turn) for turn in turns]),
+            "sampling": _largest([_sampling(model, config, turn, shared) for turn in turns]),
+            "judging": {} if judging is None else _judging(model, config, judging, shared),
+            "learning": _largest([_learning(model, config, trained, turn, path) for turn in turns]),
         }
         models, phases["reward"] = _reward_models(config, device, turns)
     gradients = FLOAT32_BYTES * num_trained
@@ -129,15 +132,74 @@ def memory_estimate(
         "AdamW's moments": int(MOMENT_BYTES[config.learner.optimizer] * num_trained),
         **models,
     }
-    return MemoryEstimate(str(device), always, phases)
+    return MemoryEstimate(str(device), always, phases, shared)
 
 
-def largest_micro_batch(turn: Turn, config: Config) -> tuple[int, int]:
+def largest_micro_batch(turn: Turn, config: Config, shared_prompt: bool = True) -> tuple[int, int]:
     """(B, K) of the largest micro-batch that packing makes of the turn; see packing.py."""
     budget = config.learner.tokens_per_micro_batch
-    K = min(turn.K, completions_at_once(budget, turn.P, turn.T, shared_prompt=True))
+    K = min(turn.K, completions_at_once(budget, turn.P, turn.T, shared_prompt))
     slices = turn.groups * -(-turn.K // K)
-    return min(slices, max(1, budget // (turn.P + K * turn.T))), K
+    tokens = (1 if shared_prompt else K) * turn.P + K * turn.T
+    return min(slices, max(1, budget // tokens)), K
+
+
+# ---------------------------------------------------------------- the path that learning will take
+
+
+class _Witness:
+    """A layout of attention that does none, and knows which layers have asked it."""
+
+    def __init__(self) -> None:
+        self.layers: set[int] = set()
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        self.layers.add(layer)
+        return query[..., : value.shape[-1]]
+
+
+def static_path(model: PreTrainedModel) -> ForwardPath:
+    """What forward.choose_path will choose for this model of fake tensors, as far as shapes tell.
+
+    Whether its passes can be run, and whether every layer's attention can be replaced. That numbers agree
+    shows only once there are weights.
+    """
+    batch = _fake_batch(1, 3, 2, 2, model.device)
+
+    def attends() -> bool:
+        witness = _Witness()
+        with attention_to_shared_prompts(model):
+            model(
+                input_ids=batch.prompts_BP,
+                position_ids=batch.prompts_BP,
+                use_cache=False,
+                shared_prompt=witness,
+            )
+        return len(witness.layers) == len(layer_windows(model))
+
+    def separates() -> bool:
+        hidden = states(model, batch, ForwardPath(shared_prompt=False)).flatten(0, 2)
+        logprobs_of_states(model, hidden, batch.completions_BKT.flatten(), 1.0)
+        return True
+
+    with torch.no_grad(), _FullBatch():
+        return ForwardPath(_holds(attends), _holds(separates))
+
+
+def _holds(check: Callable[[], bool]) -> bool:
+    try:
+        return check()
+    except Exception:
+        # A model that can't be run in this way raises what its author's code happens to raise.
+        return False
 
 
 # ---------------------------------------------------------------- counting
@@ -206,17 +268,26 @@ def _counted(model: PreTrainedModel, *known: Tensor) -> Iterator[LiveBytes]:
 # ---------------------------------------------------------------- phases
 
 
-def _sampling(model: PreTrainedModel, config: Config, turn: Turn) -> dict[str, int]:
+def _sampling(
+    model: PreTrainedModel, config: Config, turn: Turn, shared_prompt: bool
+) -> dict[str, int]:
     """One decoded batch: its distinct prompts' pass, then rows that grow to their full length."""
     rows = min(config.rollout.batch_size, turn.groups * turn.K)
-    return _decoding(model, rows, min(turn.groups, max(1, rows // turn.K)), turn)
+    prompts = min(turn.groups, max(1, rows // turn.K))
+    return _decoding(model, rows, prompts, turn, shared_prompt)
 
 
-def _decoding(model: PreTrainedModel, rows: int, prompts: int, turn: Turn) -> dict[str, int]:
+def _decoding(
+    model: PreTrainedModel, rows: int, prompts: int, turn: Turn, shared_prompt: bool
+) -> dict[str, int]:
     of_prompts, reading, lost = _reading(model, prompts, turn.P)
-    own = -(-turn.T // PIECE) * PIECE  # buffers grow by pieces
-    cache = of_prompts + rows * own * of_prompts // (prompts * turn.P)
-    lean = lean_decoder(model)
+    of_token = of_prompts // (prompts * turn.P)
+    if shared_prompt:
+        own = -(-turn.T // PIECE) * PIECE  # buffers grow by pieces
+        cache = of_prompts + rows * own * of_token
+    else:
+        cache = rows * (turn.P + turn.T) * of_token
+    lean = lean_decoder(model) if shared_prompt else None
     return {
         "weights laid out for few rows": lean.copied_bytes if lean else 0,
         "keys and values": cache,
@@ -227,28 +298,31 @@ def _decoding(model: PreTrainedModel, rows: int, prompts: int, turn: Turn) -> di
     }
 
 
-def _judging(model: PreTrainedModel, config: Config, turn: Turn) -> dict[str, int]:
+def _judging(
+    model: PreTrainedModel, config: Config, turn: Turn, shared_prompt: bool
+) -> dict[str, int]:
     """The reference as judge: it writes replies, or reads whole prompts once."""
+    rows = min(turn.groups, max(1, config.learner.tokens_per_micro_batch // turn.P))
     if config.self_reward.mode == "generate":
-        rows = min(config.rollout.batch_size, turn.groups)
-        return _decoding(model, rows, rows, turn)
-    budget = config.learner.tokens_per_micro_batch
-    rows = min(turn.groups, max(1, budget // turn.P))
-    cache, reading, lost = _reading(model, rows, turn.P)
-    return {"keys and values": cache, "a pass over the prompts": reading, **lost}
+        rows = min(rows, config.rollout.batch_size)
+        return _decoding(model, rows, rows, turn, shared_prompt)
+    _, reading, lost = _reading(model, rows, turn.P, kept=False)
+    return {"a pass over the prompts": reading, **lost}
 
 
-def _reading(model: PreTrainedModel, rows: int, length: int) -> tuple[int, int, dict[str, int]]:
+def _reading(
+    model: PreTrainedModel, rows: int, length: int, kept: bool = True
+) -> tuple[int, int, dict[str, int]]:
     """Bytes of the cache of a pass over prompts, what the pass takes beside it, and what is lost."""
     inputs = _ones(model.device, rows, length)
     with torch.no_grad(), _counted(model, inputs) as count:
-        cache = DynamicCache(config=model.config)
+        cache = DynamicCache(config=model.config) if kept else None
         model(
             input_ids=inputs,
             attention_mask=inputs,
             position_ids=inputs,
             past_key_values=cache,
-            use_cache=True,
+            use_cache=kept,
             logits_to_keep=1,
         )
         kept = count.now
@@ -266,10 +340,14 @@ def _drawing(model: PreTrainedModel, rows: int) -> int:
 
 
 def _learning(
-    model: PreTrainedModel, config: Config, trained: list[Tensor], turn: Turn
+    model: PreTrainedModel,
+    config: Config,
+    trained: list[Tensor],
+    turn: Turn,
+    path: ForwardPath,
 ) -> dict[str, int]:
     """Forward and backward pass of the role's largest micro-batch, beside all gradients."""
-    B, K = largest_micro_batch(turn, config)
+    B, K = largest_micro_batch(turn, config, path.shared_prompt)
     again = config.learner.gradient_checkpointing
     batch = _fake_batch(B, turn.P, K, turn.T, model.device)
     for weight in trained:  # those of the micro-batches before it
@@ -277,9 +355,13 @@ def _learning(
     gradients = [weight.grad for weight in trained if weight.grad is not None]
     with _FullBatch(), _counted(model, *trained, *gradients, *vars(batch).values()) as count:
         with checkpointed_layers(model, again):
-            before = states(model, batch, ForwardPath()).flatten(0, 2)
+            before = states(model, batch, path).flatten(0, 2)
             kept = count.now
-            logprobs = logprobs_of_states(model, before, batch.completions_BKT.flatten(), 1.0)
+            tokens = batch.completions_BKT.flatten()
+            if path.separate_head:
+                logprobs = logprobs_of_states(model, before, tokens, 1.0)
+            else:
+                logprobs = token_logprobs(before, tokens, 1.0)
         with attention_to_shared_prompts(model):  # for what is computed again
             logprobs.sum().backward()
         for weight in trained:

@@ -28,14 +28,19 @@ def print_plan(config: Config) -> None:
 
     console = Console()
     turns = longest_turns(config)
+    estimate = memory_estimate(config, list(turns.values()), judge_turn(config))
     table = Table(title="One step", title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
-    for name, value in batch_arithmetic(config, turns).items():
+    for name, value in batch_arithmetic(config, turns, estimate.shared_prompt).items():
         table.add_row(name, f"{value:,}")
     console.print(table)
-    estimate = memory_estimate(config, list(turns.values()), judge_turn(config))
     console.print(_memory_table(estimate))
+    if not estimate.shared_prompt:
+        console.print(
+            "This model has a kind of attention that knows no shared prompts: a prompt is computed, and in"
+            " sampling kept, once for each of its completions."
+        )
     console.print("No weights were loaded. Run it without --dry-run to play.")
 
 
@@ -112,23 +117,26 @@ def judge_turn(config: Config) -> Turn | None:
     return Turn(pairs, min(longest, context) - common, 1, section.max_tokens)
 
 
-def batch_arithmetic(config: Config, turns: dict[str, Turn]) -> dict[str, int]:
+def batch_arithmetic(
+    config: Config, turns: dict[str, Turn], shared_prompt: bool = True
+) -> dict[str, int]:
     """Sequences, and at most how many tokens and micro-batches, of one step; the number of steps."""
     N, G = config.challenger.num_queries, config.solver.group_size
     plan = {"queries (N)": N, "answers (N x G)": N * G}
     if "challenger" in turns:
         plan["challenger prompt, tokens"] = turns["challenger"].P
-    learned = [_learned(config, turn) for turn in turns.values()]
+    learned = [_learned(config, turn, shared_prompt) for turn in turns.values()]
     plan["tokens learned from, at most"] = sum(tokens for tokens, _ in learned)
     plan["micro-batches, at most"] = sum(batches for _, batches in learned)
     plan["optimizer steps of the run"] = config.steps
     return plan
 
 
-def _learned(config: Config, turn: Turn) -> tuple[int, int]:
+def _learned(config: Config, turn: Turn, shared_prompt: bool) -> tuple[int, int]:
     """(tokens, micro-batches) of a turn that is as long as it may be; see packing.py."""
     from language_self_play.memory import largest_micro_batch
 
-    B, K = largest_micro_batch(turn, config)
+    B, K = largest_micro_batch(turn, config, shared_prompt)
     slices = turn.groups * -(-turn.K // K)
-    return slices * turn.P + turn.groups * turn.K * turn.T, -(-slices // B)
+    prompts = slices if shared_prompt else turn.groups * turn.K
+    return prompts * turn.P + turn.groups * turn.K * turn.T, -(-slices // B)
