@@ -325,8 +325,8 @@ def _reading(
             use_cache=kept,
             logits_to_keep=1,
         )
-        kept = count.now
-    return kept, count.most - kept, _lost(model, count)
+        cached = count.now
+    return cached, count.most - cached, _lost(model, count)
 
 
 def _drawing(model: PreTrainedModel, rows: int) -> int:
