@@ -317,7 +317,7 @@ def test_an_endpoint_that_is_not_there_is_away(build, endpoint):
         reward(["q"], [["a"]])
 
 
-@pytest.mark.parametrize("code", [400, 401, 403, 404, 422])
+@pytest.mark.parametrize("code", [400, 401, 403, 404, 413, 422])
 def test_a_refusal_is_not_repeated_and_says_what_the_server_says(build, endpoint, code):
     endpoint.default = status(code, f"refused, you sent Bearer {KEY}")
     reward = build()
@@ -329,7 +329,105 @@ def test_a_refusal_is_not_repeated_and_says_what_the_server_says(build, endpoint
     assert ("JUDGE_KEY" in str(caught.value)) == (code in (401, 403))
 
 
-@pytest.mark.parametrize("failure", [status(503, KEY), says(KEY), body(KEY), body(f'["{KEY}"]')])
+REFUSES = {
+    "a filter": (status(400, "content management policy"), 1, "answered 400: 'content management"),
+    "too large": (status(413, "too large"), 1, "answered 413: 'too large'"),
+    "too long": (status(422, "4097 tokens"), 1, "answered 422: '4097 tokens'"),
+    "no score": (says("I can't help with that."), 3, "gave no score in 3 requests"),
+    "no text": (says(None), 3, "gave no score in 3 requests; the last one brought no reply"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSES)
+def test_a_pair_that_is_not_judged_takes_its_querys_mean_is_counted_and_told_once(
+    build, endpoint, kind
+):
+    refuses, requests, said = REFUSES[kind]
+    scores = {"a": 2, "b": 9, "c": 4}
+
+    def reply(handler):
+        answer = handler.prompt.split("|")[2]
+        (scored(scores[answer]) if answer in scores else refuses)(handler)
+
+    endpoint.default = reply
+    reward = build(retries=2)
+    with pytest.warns(UserWarning, match="other pairs are judged, so the run goes on") as told:
+        R = reward(["q", "r", "s"], [["a", "bad", "b", "bad"], ["c"] * 4, ["bad"] * 4])
+    assert said in str(told[0].message)
+    assert len(told) == 1
+    # q: the mean of 2 and 9 is 5.5; s: of all scores (2 + 9 + 4 + 4 + 4 + 4) / 6 = 4.5; over 10.
+    assert R.tolist() == [
+        pytest.approx(row)
+        for row in ([0.2, 0.55, 0.9, 0.55], [0.4, 0.4, 0.4, 0.4], [0.45, 0.45, 0.45, 0.45])
+    ]
+    costs = reward.costs()
+    # The pairs (q, bad) and (s, bad); a, b and c took one request each.
+    assert costs["main_unjudged"] == 2
+    assert costs["main_requests"] == 3 + 2 * requests
+    # Told once; and asked again, as it may have been chance. What was judged is in the cache.
+    assert reward(["q"], [["a", "bad"]])[0].tolist() == pytest.approx([0.2, 0.2])
+    assert reward.costs()["main_unjudged"] == 1
+    assert reward.costs()["main_requests"] == requests
+
+
+def test_an_endpoint_that_stays_away_for_one_pair_pauses_the_run_though_it_judges_others(
+    build, endpoint
+):
+    def reply(handler):
+        (status(503) if handler.prompt.endswith("bad") else scored(5))(handler)
+
+    endpoint.default = reply
+    with pytest.raises(ServiceError, match="answered 503"):
+        build(retries=0)(["q"], [["a", "bad"]])
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_no_access_ends_the_run_though_other_pairs_are_judged(build, endpoint, code):
+    def reply(handler):
+        (status(code) if handler.prompt.endswith("bad") else scored(5))(handler)
+
+    endpoint.default = reply
+    with pytest.raises(RewardError, match=f"answered {code}"):
+        build()(["q"], [["a", "bad"]])
+
+
+@pytest.mark.parametrize(("code", "error"), [(400, RewardError), (200, ServiceError)])
+def test_a_step_in_which_no_pair_is_judged_ends_the_run(build, endpoint, code, error):
+    endpoint.default = status(400, "unknown setting") if code == 400 else says("Hm.")
+    with pytest.raises(error, match=r"^reward\.main: "):
+        build(retries=0)(["q", "r"], [["a", "b"], ["c", "d"]])
+    assert len(endpoint.requests) == 4
+
+
+def test_what_an_unjudged_pair_shows_holds_no_key(build, endpoint, tmp_path):
+    endpoint.script = [scored(5), says(KEY)]
+    reward = build(retries=0, concurrency=1, cache=str(tmp_path / "replies"))
+    with pytest.warns(UserWarning, match=r"brought no score from 0 to 10: '\*\*\*'") as told:
+        reward(["q"], [["a", "b"]])
+    assert KEY not in str(told[0].message)
+    assert KEY.encode() not in (tmp_path / "replies").read_bytes()
+
+
+def test_a_run_plays_on_past_a_pair_that_is_refused(endpoint, tmp_path):
+    from language_self_play import self_play
+    from test_train import small
+
+    def reply(handler):  # about one answer in four, by its own text
+        refused = int(handler.prompt.split("RESPONSE")[1][:6].encode().hex(), 16) % 4 == 0
+        (status(400, "content filter") if refused else scored(len(handler.prompt) % 10))(handler)
+
+    endpoint.default = reply
+    judged = {"kind": "judge", "base_url": endpoint.url, "model": "grader"}
+    config = small("arena-zero", reward={"answer": judged | {"cache": str(tmp_path / "cache")}})
+    with pytest.warns(UserWarning, match="content filter") as told:
+        run = self_play(config, tmp_path / "run")
+    assert len(told) == 1
+    records = list(run.metrics())
+    assert len(records) == 4
+    assert sum(record["time/answer_unjudged"] for record in records) > 1
+
+
+@pytest.mark.parametrize("failure", [status(503, KEY), body(KEY), body(f'["{KEY}"]')])
 def test_the_key_is_in_no_message_and_not_in_the_cache(build, endpoint, tmp_path, failure):
     endpoint.script = [scored(5), failure]
     reward = build(retries=0, concurrency=1, cache=str(tmp_path / "replies"))
@@ -484,6 +582,7 @@ def test_a_reply_is_paid_for_once_also_from_a_new_judge(build, endpoint):
             "main_requests": 0,
             "main_retries": 0,
             "main_cached": 2,
+            "main_unjudged": 0,
             "main_input_tokens": 0,
             "main_output_tokens": 0,
             "main_usd": 0,
@@ -606,6 +705,7 @@ def test_cost_is_counted_from_what_the_endpoint_reports(build, endpoint):
         "main_requests": 4,
         "main_retries": 2,
         "main_cached": 1,
+        "main_unjudged": 0,
         "main_input_tokens": 5000,
         "main_output_tokens": 700,
         "main_usd": pytest.approx(0.0195),

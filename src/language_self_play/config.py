@@ -281,7 +281,7 @@ class JudgeReward(RewardSection):
         6,
         description="Times a request is repeated, with growing pauses, after 408, 429, 5xx, a time-out,"
         " a lost connection, broken JSON or a reply without a score; after the last one the run"
-        " pauses, resumable.",
+        " pauses, resumable, or if it is the reply of one pair alone that pair takes a mean.",
     )
     cache: str | None = Field(
         None,

@@ -1,4 +1,9 @@
-"""A language model's score over an OpenAI-compatible endpoint, kept on disk once it is paid for."""
+"""A language model's score over an OpenAI-compatible endpoint, kept on disk once it is paid for.
+
+Two kinds of trouble are told apart. The endpoint may be away, or refuse every request: then the run
+stops. Or it judges, but not this pair (a content filter, a text that is too long, replies without a
+score): then the run goes on, and the pair takes the mean of those it is compared with.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,8 @@ import hashlib
 import json
 import math
 import os
-import sqlite3
 import threading
+import warnings
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,11 +26,12 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from language_self_play.config import Config, JudgeReward
-from language_self_play.errors import ConfigError, InputFileError, RewardError, ServiceError
+from language_self_play.errors import ConfigError, RewardError, ServiceError
 from language_self_play.extras import require
 from language_self_play.prompts import fill
 from language_self_play.recipe_files import read_text
 from language_self_play.rewards import Reward, shown
+from language_self_play.rewards.reply_cache import ReplyCache, default_cache
 
 DEFAULT_PROMPT = """\
 You grade how well a response serves the user who asked for it. Below are the user's query and the \
@@ -56,9 +62,9 @@ LONGEST_PAUSE_S = 60.0
 LONGEST_RETRY_AFTER_S = 300.0  # an endpoint that asks for more is away
 CANCEL_S = 2.0  # what requests get to end after Ctrl-C
 SHORTEST_KEY = 8  # characters
-LOCKED_S = 30.0  # how long another run may hold the cache
 
 BAD_REQUEST, NO_ACCESS, REQUEST_TIMEOUT = 400, (401, 403), 408
+OF_THE_PAIR = (BAD_REQUEST, 413, 422)  # filtered or too long, where other pairs are not refused
 TOO_MANY_REQUESTS, SERVER_ERRORS = 429, 500
 
 T = TypeVar("T")
@@ -66,11 +72,15 @@ T = TypeVar("T")
 
 @dataclass
 class Cost:
-    """What one call took. Repeats count as requests too; cached pairs caused none."""
+    """What one call took. Repeats count as requests too; cached pairs caused none.
+
+    `unjudged` pairs got no score, equal ones counted once.
+    """
 
     requests: int = 0
     retries: int = 0
     cached: int = 0
+    unjudged: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
 
@@ -95,20 +105,22 @@ class Judge(Reward):
         self.cache = cache
         self.cost = Cost()
         self.limit = "max_tokens"  # newer models know it as max_completion_tokens only
+        self.has_warned = False
 
     def __call__(
         self, queries: list[str], answers: list[list[str]], keys: list[str | None]
     ) -> list[list[float]]:
-        """Each pair is asked about once. Raises RewardError for what the endpoint refuses.
+        """Each pair is asked about once; one that the endpoint will not judge takes a mean (`filled`).
 
-        Raises ServiceError when a score can't be had; then those that came are in the cache.
+        Raises RewardError for what the endpoint refuses: without access, or every pair. Raises
+        ServiceError when it is away, or gives none a score; what came is in the cache.
         """
         self.cost = Cost()
         prompts = [
             [judge_prompt(self.prompt, q, a, self.section.max_score) for a in group]
             for q, group in zip(queries, answers, strict=True)
         ]
-        scores: dict[str, float] = {}
+        scores: dict[str, float | None] = {}
         missing: list[str] = []
         for prompt in dict.fromkeys(p for group in prompts for p in group):
             score = self.kept_score(prompt)
@@ -118,16 +130,36 @@ class Judge(Reward):
                 scores[prompt] = score
         self.cost.cached = sum(map(len, prompts)) - len(missing)
         if missing:
-            scores |= zip(missing, run_in_thread(self._ask_all(missing)), strict=True)
-        return [[scores[p] / self.section.max_score for p in group] for group in prompts]
+            asked, problem = run_in_thread(self._ask_all(missing))
+            scores |= zip(missing, asked, strict=True)
+            self.cost.unjudged = asked.count(None)
+            if problem is not None:
+                if self.cost.unjudged == len(scores):
+                    raise problem
+                self._warn(problem)
+        rows = filled([[scores[p] for p in group] for group in prompts])
+        return [[score / self.section.max_score for score in row] for row in rows]
+
+    def _warn(self, problem: Exception) -> None:
+        """Once: the count of later ones is among the metrics."""
+        if not self.has_warned:
+            self.has_warned = True
+            warnings.warn(
+                f"{problem}; other pairs are judged, so the run goes on and this one takes their mean"
+                f" (time/{self.name}_unjudged counts such pairs)",
+                stacklevel=2,
+            )
 
     def kept_score(self, prompt: str) -> float | None:
         """The score of an earlier reply to `prompt`, if there is one."""
         reply = self.cache.get(request_key(self.section, prompt))
         return None if reply is None else parse_score(reply, self.section.max_score)
 
-    async def _ask_all(self, prompts: list[str]) -> list[float]:
-        """The scores of all prompts, or the first failure, after which no request is begun."""
+    async def _ask_all(self, prompts: list[str]) -> tuple[list[float | None], Exception | None]:
+        """The scores of all prompts, None where none can be had, and why not of the first of those.
+
+        Raises the first failure of the endpoint, after which no request is begun.
+        """
         async with self.openai.AsyncOpenAI(
             api_key=self.key or "none", base_url=self.section.base_url, max_retries=0, timeout=None
         ) as client:
@@ -136,7 +168,7 @@ class Judge(Reward):
             scores = await asyncio.gather(*map(asking.ask, prompts))
         if asking.failure is not None:
             raise asking.failure
-        return [score for score in scores if score is not None]
+        return scores, asking.unjudged
 
     def costs(self) -> dict[str, float]:
         """requests, retries, cached, input_tokens, output_tokens and usd of the last call."""
@@ -152,11 +184,23 @@ class Judge(Reward):
 
 
 class NoScore(Exception):
-    """One request that came to nothing but may be repeated, after the seconds that it asks for."""
+    """One request that came to nothing but may be repeated, after the seconds that it asks for.
 
-    def __init__(self, reason: str, retry_after_s: float = 0.0):
+    With `answered` the endpoint has done its part, so it is not away: the judge gave no score.
+    """
+
+    def __init__(self, reason: str, retry_after_s: float = 0.0, answered: bool = False):
         super().__init__(reason)
         self.retry_after_s = retry_after_s
+        self.answered = answered
+
+
+class Unjudged(Exception):
+    """No score can be had for one pair; `problem` is what to raise if that is so of every pair."""
+
+    def __init__(self, problem: Exception):
+        super().__init__(str(problem))
+        self.problem = problem
 
 
 class Asking:
@@ -169,9 +213,10 @@ class Asking:
         self.slots = asyncio.Semaphore(judge.section.concurrency)
         self.failed = asyncio.Event()
         self.failure: Exception | None = None
+        self.unjudged: Exception | None = None
 
     async def ask(self, prompt: str) -> float | None:
-        """The score that the judge gives, or None once any prompt's last request has failed."""
+        """The score that the judge gives; None if it gives none, or once the endpoint has failed."""
         async with self.slots:
             try:
                 for repeat in count():
@@ -182,17 +227,23 @@ class Asking:
                         return await self._request(prompt)
                     except NoScore as failure:
                         await self._pause(failure, repeat)
+            except Unjudged as unjudged:
+                self.unjudged = self.unjudged or unjudged.problem
             except Exception as error:
                 self.failure = self.failure or error
                 self.failed.set()
         return None
 
     async def _pause(self, failure: NoScore, repeat: int) -> None:
-        """Wait before the next repeat, no longer than until another fails. Raises ServiceError."""
+        """Wait before the next repeat, no longer than until another fails.
+
+        Raises ServiceError if there is none, or Unjudged if the endpoint has answered.
+        """
         where = f"reward.{self.judge.name}: {self.section.model} at {self.section.base_url}"
         if repeat == self.section.retries:
             tries = "1 request" if repeat == 0 else f"{repeat + 1} requests"
-            raise ServiceError(f"{where} gave no score in {tries}; the last one {failure}")
+            away = ServiceError(f"{where} gave no score in {tries}; the last one {failure}")
+            raise Unjudged(away) if failure.answered else away
         if failure.retry_after_s > LONGEST_RETRY_AFTER_S:
             raise ServiceError(
                 f"{where} {failure} and asks to wait for {failure.retry_after_s:.0f} s"
@@ -201,7 +252,7 @@ class Asking:
             await asyncio.wait_for(self.failed.wait(), max(pause_s(repeat), failure.retry_after_s))
 
     async def _request(self, prompt: str) -> float:
-        """Ask once. Raises NoScore for what may be repeated, RewardError for what may not."""
+        """Ask once. Raises NoScore for what may be repeated, Unjudged or RewardError for what may not."""
         openai, section, limit = self.judge.openai, self.section, self.judge.limit
         self.judge.cost.requests += 1
         try:
@@ -231,10 +282,11 @@ class Asking:
         if status in (REQUEST_TIMEOUT, TOO_MANY_REQUESTS) or status >= SERVER_ERRORS:
             return NoScore(said, retry_after_s(error.response.headers.get("retry-after")))
         source = f" (the key is that in {self.section.api_key_env})" if status in NO_ACCESS else ""
-        return RewardError(
+        refused = RewardError(
             f"reward.{self.judge.name}: a request to {self.section.model} at"
             f" {self.section.base_url} {said}{source}; repeating it would not help"
         )
+        return Unjudged(refused) if status in OF_THE_PAIR else refused
 
     def _score(self, prompt: str, body: str) -> float:
         """The score in a response's body; the reply is kept. Raises NoScore without one."""
@@ -245,14 +297,17 @@ class Asking:
         self._count_tokens(response)
         reply = content(response)
         if reply is None:
-            raise NoScore(f"brought no reply: {shown(self._without_key(body))}")
+            raise NoScore(
+                f"brought no reply: {shown(self._without_key(body))}", answered=has_choice(response)
+            )
         score = parse_score(reply, self.section.max_score)
         if score is None:
             raise NoScore(
                 f"brought no score from 0 to {number(self.section.max_score)}:"
-                f" {shown(self._without_key(reply))}"
+                f" {shown(self._without_key(reply))}",
+                answered=True,
             )
-        self.judge.cache.put(request_key(self.section, prompt), self._without_key(reply))
+        self.judge.cache.put(request_key(self.section, prompt), encodable(self._without_key(reply)))
         return score
 
     def _count_tokens(self, response: Any) -> None:
@@ -362,6 +417,18 @@ def judge_prompt(prompt: str, query: str, answer: str, max_score: float) -> str:
     return fill(prompt, query=query, answer=answer, max_score=number(max_score), boundary=boundary)
 
 
+def request_key(section: JudgeReward, prompt: str) -> str:
+    """A hash of all that decides on a reply."""
+    asked = [
+        section.base_url.rstrip("/"),
+        section.model,
+        prompt,
+        section.temperature,
+        section.max_tokens,
+    ]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
 def encodable(text: str) -> str:
     # Half a surrogate pair, which JSON files may hold, has no UTF-8.
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -396,11 +463,32 @@ def is_number(value: object) -> bool:
 
 def content(response: Any) -> str | None:
     """The text of a chat completion, or None for anything else."""
-    try:
-        reply = response["choices"][0]["message"]["content"]
-    except (TypeError, KeyError, IndexError):
+    if not has_choice(response):
         return None
+    reply = response["choices"][0]["message"].get("content")
     return reply if isinstance(reply, str) else None
+
+
+def has_choice(response: Any) -> bool:
+    """Whether it is a chat completion, maybe one without text, as a filter leaves it."""
+    try:
+        return isinstance(response["choices"][0]["message"], dict)
+    except (TypeError, KeyError, IndexError):
+        return False
+
+
+def filled(rows: list[list[float | None]]) -> list[list[float]]:
+    """`rows`, a query's scores each, with the mean of the row's others in place of None.
+
+    So its advantage is 0 and the query's value is that of the answers that were judged. Where a row
+    has no score at all it is the mean of all rows, so the query counts as one of average difficulty.
+    """
+    every = [score for row in rows for score in row if score is not None]
+    result = []
+    for row in rows:
+        known = [score for score in row if score is not None] or every
+        result.append([sum(known) / len(known) if s is None else s for s in row])
+    return result
 
 
 def knows_other_limit(error: Any, limit: str) -> bool:
@@ -468,88 +556,3 @@ def run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
         raise
     thread.join()
     return task.result()
-
-
-# ---------------------------------------------------------------- cache
-
-
-def default_cache() -> Path:
-    """judge.sqlite in the user's cache folder, as the XDG base directory specification has it."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification has relative paths ignored.
-    folder = Path(named) if Path(named).is_absolute() else Path("~/.cache").expanduser()
-    return folder / "language-self-play" / "judge.sqlite"
-
-
-def request_key(section: JudgeReward, prompt: str) -> str:
-    """A hash of all that decides on a reply."""
-    asked = [
-        section.base_url.rstrip("/"),
-        section.model,
-        prompt,
-        section.temperature,
-        section.max_tokens,
-    ]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-
-
-class ReplyCache:
-    """Replies by the hash of their request, in an SQLite file that several runs may share."""
-
-    def __init__(self, path: Path, setting: str):
-        self.path = path.absolute()
-        self.setting = setting
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # The requests' thread writes while the one that made the connection waits for it.
-            self.connection = sqlite3.connect(
-                self.path, timeout=LOCKED_S, isolation_level=None, check_same_thread=False
-            )
-        except (OSError, ValueError, sqlite3.Error) as error:
-            raise InputFileError(self._message(error)) from None
-        try:
-            self._check()
-        except sqlite3.Error as error:
-            self.connection.close()
-            raise InputFileError(self._message(error)) from None
-
-    def _check(self) -> None:
-        run = self.connection.execute
-        (damage,) = run("PRAGMA quick_check(1)").fetchone()
-        if damage != "ok":
-            raise sqlite3.DatabaseError(damage)
-        tables = {name for (name,) in run("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if tables and "replies" not in tables:
-            raise sqlite3.DatabaseError("it is another program's database")
-        run("CREATE TABLE IF NOT EXISTS replies (request TEXT PRIMARY KEY, reply TEXT NOT NULL)")
-        # Changes nothing, and fails if nothing can be written or the columns are others.
-        run("DELETE FROM replies WHERE request = '' AND reply = ''")
-
-    def get(self, request: str) -> str | None:
-        """The reply, or None. Raises ServiceError if the file has become unreadable."""
-        try:
-            row = self.connection.execute(
-                "SELECT reply FROM replies WHERE request = ?", (request,)
-            ).fetchone()
-        except sqlite3.Error as error:
-            raise ServiceError(self._message(error)) from None
-        return None if row is None else str(row[0])
-
-    def put(self, request: str, reply: str) -> None:
-        """Keep a reply, on disk when this returns. Raises ServiceError if it can't be written."""
-        try:
-            self.connection.execute(
-                "INSERT OR REPLACE INTO replies VALUES (?, ?)", (request, encodable(reply))
-            )
-        except sqlite3.Error as error:
-            raise ServiceError(self._message(error)) from None
-
-    def close(self) -> None:
-        self.connection.close()
-
-    def _message(self, error: Exception) -> str:
-        reason = getattr(error, "strerror", None) or error
-        return (
-            f"{self.setting} = {os.fspath(self.path)!r}: can't be used as a cache of replies"
-            f" ({reason}); move it away, or name another file"
-        )
