@@ -194,8 +194,9 @@ def test_queries_that_stop_at_once_are_invalid(make_markov_model, tokenizer, pla
 
 
 def test_an_answer_that_meets_the_contexts_end_is_cut_there(
-    make_model, tokenizer, grpo, play, tmp_path
+    make_model, tokenizer, grpo, play, tmp_path, monkeypatch
 ):
+    import language_self_play.game as game
     from language_self_play.chat import Chat
 
     query = "27+48"
@@ -206,9 +207,15 @@ def test_an_answer_that_meets_the_contexts_end_is_cut_there(
     assert max(a["tokens"] for a in answers) == 2
     assert all(a["finish_reason"] == "length" or a["tokens"] <= 2 for a in answers)
     # A query that fills the context leaves no room for an answer.
-    full = grpo(path, [query + "1+1", query + "1+1"])
-    with pytest.raises(ConfigError, match=r"takes \d+ tokens, and the model's context has"):
+    full = grpo(path, [query, query + "1+1"])
+    monkeypatch.setattr(game, "load_policy", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(
+        ConfigError,
+        match=rf"^\S+\.jsonl:2: the query takes {prompt + 3} tokens with the chat template, and the"
+        rf" model's context has only {prompt + 2}; remove it",
+    ):
         self_play(full, tmp_path / "full")
+    assert not (tmp_path / "full").exists()
 
 
 def test_a_query_that_meets_the_contexts_end_is_truncated(make_model, tokenizer, play, tmp_path):

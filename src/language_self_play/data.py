@@ -54,6 +54,12 @@ def load_queries(
     return questions
 
 
+def place_of(question: Question, section: Data) -> str:
+    """Where the question stands first, such as `queries.jsonl:3`: read again, for a sentence."""
+    rows = _rows(section)
+    return next(place for place, row in rows if _question(row, place, section) == question)
+
+
 def queries_of_step(
     questions: list[Question], step: int, num_queries: int, seed: int
 ) -> list[Question]:

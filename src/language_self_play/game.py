@@ -12,15 +12,20 @@ import torch
 from torch import Tensor
 
 from language_self_play.arena import tasks as arena
-from language_self_play.chat import load_chat
+from language_self_play.chat import Chat, load_chat
 from language_self_play.config import Config, as_list
-from language_self_play.data import Question, load_queries, queries_of_step
+from language_self_play.data import Question, load_queries, place_of, queries_of_step
 from language_self_play.errors import ConfigError, NonFiniteError
 from language_self_play.evaluate.accuracy import arena_accuracy, evaluation_batches
 from language_self_play.guard import in_words, places_of_logprobs, refuse_nonfinite
 from language_self_play.learner import Learner, StepResult
 from language_self_play.metrics import Turn, finite
-from language_self_play.players import ChallengerPrompt, check_challenger_prompt, pose_queries
+from language_self_play.players import (
+    ChallengerPrompt,
+    check_challenger_prompt,
+    check_query,
+    pose_queries,
+)
 from language_self_play.policy import Policy, load_policy
 from language_self_play.pretrained import (
     choose_device,
@@ -38,6 +43,9 @@ from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
 from language_self_play.signals import Stops
 from language_self_play.types import Posed, Solved
+
+# Of a query within the chat template: a normalizer may spell characters out, a template repeat it.
+MOST_TOKENS_PER_BYTE = 4
 
 
 class Size(NamedTuple):
@@ -279,12 +287,29 @@ def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list
         raise ConfigError(
             f"solver.system_prompt: the model's chat template refuses a system message: {error}"
         ) from None
+    check_queries(questions, config, chat, context)
     if config.algorithm != "grpo":
         for prompt in challenger_prompts(config):
             check_challenger_prompt(chat.encode(prompt.text), context)
     if config.algorithm == "lsp":
         JudgeQuestions(config.self_reward, chat, context)
     return device, reward, questions
+
+
+def check_queries(questions: list[Question], config: Config, chat: Chat, context: int) -> None:
+    """Raises ConfigError, with its place, for a query that leaves no room for an answer.
+
+    A token is seldom less than a byte of its text, so only long texts are tokenized: a data set may
+    have 10⁶ of them.
+    """
+    system_prompt = config.solver.system_prompt
+    around = len(chat.encode("a query", system_prompt))
+    for question in questions:
+        if around + MOST_TOKENS_PER_BYTE * len(question.query.encode()) < context:
+            continue
+        tokens = chat.encode(question.query, system_prompt)
+        if len(tokens) >= context:
+            check_query(f"{place_of(question, config.data)}: the query", tokens, context)
 
 
 def plays_in_arena(config: Config) -> bool:

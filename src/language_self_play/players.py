@@ -73,6 +73,15 @@ def check_challenger_prompt(tokens: list[int], context_length: int) -> None:
         )
 
 
+def check_query(named: str, tokens: list[int], context_length: int) -> None:
+    """Raises ConfigError, about a query so `named`, if it leaves no room for an answer."""
+    if len(tokens) >= context_length:
+        raise ConfigError(
+            f"{named} takes {len(tokens)} tokens with the chat template, and the model's context has"
+            f" only {context_length}; remove it, or use a model with a longer context"
+        )
+
+
 def answer_queries(sampler: Sampler, queries: list[str], settings: Solver) -> Solved:
     """a_ij ~ π_θ(· | q_i), j = 1 … G: one group for each query. Paper, Section 2.
 
@@ -82,11 +91,7 @@ def answer_queries(sampler: Sampler, queries: list[str], settings: Solver) -> So
     """
     prompts = [sampler.chat.encode(query, settings.system_prompt) for query in queries]
     for query, prompt in zip(queries, prompts, strict=True):
-        if len(prompt) >= sampler.context_length:
-            raise ConfigError(
-                f"the query {query[:60]!r} takes {len(prompt)} tokens, and the model's context has"
-                f" only {sampler.context_length}; remove it, or use a model with a longer context"
-            )
+        check_query(f"the query {query[:60]!r}", prompt, sampler.context_length)
     groups = sampler.sample(prompts, settings.group_size, "solver", settings, settings.max_tokens)
     keep = None
     if settings.truncated == "mask":
