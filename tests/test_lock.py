@@ -10,10 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+import language_self_play.lock as lock_module
 from language_self_play.errors import RunFolderError
 from language_self_play.lock import BOOT_ID, Holder, RunLock
 
@@ -54,19 +56,24 @@ def holder(tmp_path):
 def leave_lock(folder: Path, **changes: object) -> dict:
     """A lock file as this process would have left it, with `changes`."""
     me = Holder.this_process()
-    table = {"host": me.host, "pid": me.pid, "started": me.started, "boot": me.boot} | changes
+    table = asdict(me) | changes
     (folder / "run.lock").write_text(json.dumps(table) + "\n")
     return table
 
 
-def take(folder: Path) -> None:
-    with RunLock(folder) as lock:
+def no_locks(*_: object) -> None:
+    """flock, as some network file systems have it."""
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def take(folder: Path, take_over: bool = False) -> None:
+    with RunLock(folder, take_over) as lock:
         lock.take()
         assert json.loads(lock.file.read_text())["pid"] == os.getpid()
 
 
-def refusal(folder: Path) -> str:
-    with RunLock(folder) as lock, pytest.raises(RunFolderError) as refused:
+def refusal(folder: Path, take_over: bool = False) -> str:
+    with RunLock(folder, take_over) as lock, pytest.raises(RunFolderError) as refused:
         lock.take()
     return str(refused.value)
 
@@ -145,9 +152,6 @@ def test_another_process_with_the_dead_ones_pid_is_no_holder(tmp_path):
 
 @needs_proc
 def test_a_living_process_is_believed_where_the_file_system_knows_no_locks(tmp_path, monkeypatch):
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
     me = leave_lock(tmp_path)  # of this process, which lives
     monkeypatch.setattr(fcntl, "flock", no_locks)
     assert f"process {me['pid']} on {HERE} plays this run" in refusal(tmp_path)
@@ -156,10 +160,59 @@ def test_a_living_process_is_believed_where_the_file_system_knows_no_locks(tmp_p
         take(tmp_path)
 
 
+@pytest.fixture
+def machine_id(tmp_path, monkeypatch):
+    """The installed system's identity, which a container may lack."""
+    file = tmp_path / "machine-id"
+    file.write_text("aa11\n")
+    monkeypatch.setattr(lock_module, "MACHINE_ID", file)
+    return file
+
+
+ANOTHER_BOOT = "00000000-0000-0000-0000-000000000000"
+
+
 @needs_proc
-def test_after_a_reboot_a_process_of_the_same_pid_and_start_is_another(tmp_path):
-    leave_lock(tmp_path, boot="00000000-0000-0000-0000-000000000000")
+def test_after_a_reboot_a_process_of_the_same_pid_and_start_is_another(tmp_path, machine_id):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    leave_lock(folder, boot=ANOTHER_BOOT)
     with pytest.warns(UserWarning, match="has gone"):
+        take(folder)
+
+
+@needs_proc
+@pytest.mark.parametrize("of_holder", ["bb22", None, ""])
+def test_two_machines_of_one_name_are_two(of_holder, tmp_path, machine_id):
+    if of_holder is None:  # as in a container: no identity at all, here as there
+        machine_id.unlink()
+    if of_holder == "":
+        machine_id.write_text("\n")
+        of_holder = None
+    folder = tmp_path / "run"
+    folder.mkdir()
+    leave_lock(folder, pid=4321, boot=ANOTHER_BOOT, machine=of_holder)
+    assert refusal(folder) == (
+        f"{folder}: process 4321 on {HERE} plays this run, and whether it still does can't be seen"
+        f" from this {HERE}, another machine or boot; if it has ended, add --take-over"
+    )
+
+
+def test_where_no_boot_has_an_identity_the_name_decides(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "BOOT_ID", tmp_path / "nothing")
+    leave_lock(tmp_path, started=None, boot="one of Linux")
+    with pytest.warns(UserWarning, match="has gone"):
+        take(tmp_path)
+    leave_lock(tmp_path, host="gpu-17")
+    assert "can't be seen" in refusal(tmp_path)
+
+
+@needs_proc
+def test_a_lock_written_before_machines_had_identities_is_read(tmp_path):
+    me = Holder.this_process()
+    table = {"host": me.host, "pid": me.pid, "started": me.started - 1, "boot": me.boot}
+    (tmp_path / "run.lock").write_text(json.dumps(table) + "\n")
+    with pytest.warns(UserWarning, match=f"process {me.pid} on {HERE} held this run"):
         take(tmp_path)
 
 
@@ -167,11 +220,30 @@ def test_a_lock_of_another_machine_is_refused_with_the_way_out(tmp_path):
     leave_lock(tmp_path, host="gpu-17", pid=4321, boot="another")
     assert refusal(tmp_path) == (
         f"{tmp_path}: process 4321 on gpu-17 plays this run, and whether it still does can't be seen"
-        f" from {HERE}; if it has ended, remove {tmp_path / 'run.lock'} and try again"
+        f" from {HERE}; if it has ended, add --take-over"
     )
     assert json.loads((tmp_path / "run.lock").read_text())["pid"] == 4321
-    (tmp_path / "run.lock").unlink()
-    take(tmp_path)
+    with pytest.warns(UserWarning, match="process 4321 on gpu-17 held this run and is taken over"):
+        take(tmp_path, take_over=True)
+
+
+def test_what_plays_is_not_taken_over(holder, tmp_path):
+    plays = f"process {holder.pid} on {HERE} plays this run"
+    assert plays in refusal(tmp_path, take_over=True)
+    # As a file system would show it whose locks reach this machine from the holder's.
+    leave_lock(tmp_path, host="gpu-17", pid=4321, boot="another")
+    assert "process 4321 on gpu-17 plays this run; let it end, or stop it there" in refusal(
+        tmp_path, take_over=True
+    )
+
+
+@needs_proc
+def test_what_lives_here_is_not_taken_over_where_the_file_system_knows_no_locks(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    me = leave_lock(tmp_path)  # of this process, which lives
+    assert f"process {me['pid']} on {HERE} plays" in refusal(tmp_path, take_over=True)
 
 
 @needs_proc

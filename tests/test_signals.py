@@ -202,6 +202,16 @@ def test_sigterm_before_the_first_step_of_a_resumed_run_leaves_its_checkpoints(
     assert [c.name for c in run.checkpoints()] == ["step-000002"]
 
 
+def test_ctrl_c_before_there_is_a_run_to_go_on_with_names_none(tmp_path, monkeypatch):
+    import language_self_play.game as game
+
+    monkeypatch.setattr(game, "load_policy", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        self_play(small("arena-zero"), tmp_path / "run")
+    assert str(interrupt.value) == ""
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
 def test_before_it_plays_ctrl_c_acts_at_once():
     with pytest.raises(KeyboardInterrupt), Stops():
         os.kill(os.getpid(), signal.SIGINT)
@@ -230,8 +240,13 @@ FLAGS = (
 ).split()
 
 
-def start(folder: Path, seconds: float, *flags: str) -> subprocess.Popen[str]:
-    """A run that stops for `seconds` while it samples in step 1; returns when it does."""
+def start(
+    folder: Path, seconds: float, *flags: str, before: Callable[[], Any] | None = None
+) -> subprocess.Popen[str]:
+    """A run that stops for `seconds` while it samples in step 1; returns when it does.
+
+    `before` is called in its process before it begins.
+    """
     process = subprocess.Popen(
         [
             *(sys.executable, "-c", PROGRAM.format(seconds=seconds)),
@@ -241,6 +256,7 @@ def start(folder: Path, seconds: float, *flags: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=before,
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -261,6 +277,43 @@ def test_sigterm_within_a_bound_ends_a_process_with_75_and_a_sentence(uninterrup
     assert_same_run(uninterrupted, self_play(run.resumed_config({}), run.folder, resume=True))
 
 
+def without_ctrl_c() -> None:
+    """As a script's shell starts what it puts into the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def test_ctrl_c_that_is_ignored_when_a_run_begins_stays_ignored(uninterrupted, tmp_path):
+    process = start(tmp_path / "run", 1.0, before=without_ctrl_c)
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    _, errors = process.communicate(timeout=LONG_S)
+    assert (process.returncode, errors) == (0, "")
+    assert_same_run(uninterrupted, RunFolder(tmp_path / "run"))
+
+
+def test_where_ctrl_c_is_ignored_sigterm_stops_and_keeps_its_bound(uninterrupted, tmp_path):
+    flags = ["--guard.stop_within_s=0.2"]
+    process = start(tmp_path / "run", LONG_S, *flags, before=without_ctrl_c)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=LONG_S / 2)
+    assert process.returncode == 75, errors
+    assert "was abandoned; 1 of 4 steps played" in errors
+    run = RunFolder(tmp_path / "run")
+    assert_same_run(uninterrupted, self_play(run.resumed_config({}), run.folder, resume=True))
+
+
+def test_a_signal_that_a_program_around_python_handles_does_not_end_the_run(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    set_handlers = {}
+    monkeypatch.setattr(
+        signal, "signal", lambda number, handler: set_handlers.update({number: handler})
+    )
+    with Stops():
+        pass
+    assert set_handlers[signal.SIGTERM] is signal.SIG_DFL
+
+
 @pytest.mark.filterwarnings(
     "ignore:.* has gone without a word:UserWarning"
 )  # the lock of one killed
@@ -279,5 +332,9 @@ def test_a_second_signal_stops_at_once_and_what_is_there_goes_on(
     _, errors = process.communicate(timeout=LONG_S / 2)
     assert process.returncode == code, errors
     assert "Traceback" not in errors
+    said = f"steps since the last checkpoint are played again by: lsp train --resume {folder}\n"
+    notice = "lsp: finishing the step, then a checkpoint; Ctrl-C again stops at once\n"
+    by_hand = number == signal.SIGINT
+    assert (notice in errors, said in errors) == (by_hand, by_hand)
     run = RunFolder(folder)
     assert_same_run(uninterrupted, self_play(run.resumed_config({}), run.folder, resume=True))

@@ -2,7 +2,8 @@
 
 The kernel holds the lock (flock) and lets go of it however the process ends. The file says who holds
 it: for the sentence with which another process is refused, and for file systems where locks don't
-reach other machines. Reading a run needs no lock.
+reach other machines. There only a person, or the scheduler that has ended the holder, can know that it
+has gone; they say so (`--take-over`). Reading a run needs no lock.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from language_self_play.errors import RunFolderError
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+MACHINE_ID = Path("/etc/machine-id")  # the same after a reboot; containers may have none
 # File systems without locks: then the file's contents alone decide.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -29,27 +31,35 @@ NAMING_TRIES, NAMING_PAUSE_S = 100, 0.01
 
 @dataclass(frozen=True)
 class Holder:
-    """A process on a machine. `started` (ticks after the boot) tells it from a later one of its pid."""
+    """A process on a machine. `started` (ticks after the boot) tells it from a later one of its pid.
+
+    `boot` and `machine` are the identities of this boot and of the installed system, where there are any.
+    """
 
     host: str
     pid: int
     started: int | None
     boot: str | None
+    machine: str | None = None
 
     @classmethod
     def this_process(cls) -> Holder:
-        boot = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else None
-        return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()), boot)
+        pid, host = os.getpid(), socket.gethostname()
+        return cls(host, pid, _start_of(pid), _identity(BOOT_ID), _identity(MACHINE_ID))
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
 
 class RunLock:
-    """A context in which `take` may be called; left, it lets go. Raises RunFolderError."""
+    """A context in which `take` may be called; left, it lets go. Raises RunFolderError.
 
-    def __init__(self, folder: Path):
+    With `take_over` a holder whose machine can't be looked at is believed to have gone.
+    """
+
+    def __init__(self, folder: Path, take_over: bool = False):
         self.file = folder / "run.lock"
+        self.take_over = take_over
         self._descriptor: int | None = None
 
     def __enter__(self) -> RunLock:
@@ -87,9 +97,9 @@ class RunLock:
             ) from None
         os.register_at_fork(after_in_child=self._close)
         if holder is not None:
+            gone = "has gone without a word" if _same_machine(holder, me) else "is taken over from"
             warnings.warn(
-                f"{self.file}: {holder} held this run and has gone without a word; going on in its"
-                " place",
+                f"{self.file}: {holder} held this run and {gone}; going on in its place",
                 stacklevel=2,
             )
 
@@ -135,11 +145,16 @@ class RunLock:
                 raise RunFolderError(f"{run}: another process plays this run; let it end")
             return
         if not _same_machine(holder, me):
-            raise RunFolderError(
-                f"{run}: {holder} plays this run, and whether it still does can't be seen from"
-                f" {me.host}; if it has ended, remove {self.file} and try again"
-            )
-        if held_elsewhere or _lives(holder, me):
+            if held_elsewhere:
+                raise RunFolderError(
+                    f"{run}: {holder} plays this run; let it end, or stop it there"
+                )
+            if not self.take_over:
+                raise RunFolderError(
+                    f"{run}: {holder} plays this run, and whether it still does can't be seen from"
+                    f" {_told_apart(me, holder)}; if it has ended, add --take-over"
+                )
+        elif held_elsewhere or _lives(holder, me):
             raise RunFolderError(
                 f"{run}: {holder} plays this run; let it end, or stop it by: kill {holder.pid}"
             )
@@ -154,14 +169,35 @@ def _read(file: Path) -> Holder | None:
     """Who the lock file names; None if it is empty or torn."""
     try:
         table = json.loads(file.read_text("utf-8"))
-        return Holder(str(table["host"]), int(table["pid"]), table["started"], table["boot"])
+        who = str(table["host"]), int(table["pid"]), table["started"], table["boot"]
+        return Holder(*who, table.get("machine"))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
 def _same_machine(holder: Holder, me: Holder) -> bool:
-    """By its name, or by its boot: a restarted container has another name on the same kernel."""
-    return holder.host == me.host or (me.boot is not None and holder.boot == me.boot)
+    """Whether this machine can tell if `holder` lives.
+
+    By its boot: a restarted container has another name on the same kernel, and two machines may have
+    one name. After a reboot by name and system; and by the name alone where nothing else is known.
+    """
+    if holder.boot is None or me.boot is None:
+        return holder.host == me.host
+    rebooted = me.machine is not None and (me.host, me.machine) == (holder.host, holder.machine)
+    return holder.boot == me.boot or rebooted
+
+
+def _told_apart(me: Holder, holder: Holder) -> str:
+    """This machine's name, told apart from the holder's."""
+    return me.host if me.host != holder.host else f"this {me.host}, another machine or boot"
+
+
+def _identity(file: Path) -> str | None:
+    """What a file of one line says; None if it is not there or says nothing."""
+    try:
+        return file.read_text().strip() or None
+    except OSError:
+        return None
 
 
 def _lives(holder: Holder, me: Holder) -> bool:

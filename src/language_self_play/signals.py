@@ -3,6 +3,10 @@
     SIGINT, SIGTERM   finish the step, write a checkpoint, exit with code 75; a second one stops at once
     SIGUSR1           write a checkpoint after the step and go on, where the platform has it
 
+A signal that was ignored when the run began stays so, as everywhere on Unix: a script's shell starts what
+it puts into the background without SIGINT, so that Ctrl-C ends the script and not that. SIGTERM still
+comes through.
+
 A step may take minutes. With a bound, a stop that has waited for so long abandons its step: draws are
 functions of the step and weights change only at its end, so it is played again on resume and only time
 is lost. It is never abandoned once its update has begun, nor while something is written.
@@ -10,12 +14,16 @@ is lost. It is never abandoned once its update has begun, nor while something is
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+STDERR = 2
+NOTICE = b"\nlsp: finishing the step, then a checkpoint; Ctrl-C again stops at once\n"
 
 
 class Abandoned(BaseException):
@@ -41,7 +49,8 @@ class Stops:
         if hasattr(signal, "SIGUSR1"):
             handlers[signal.SIGUSR1] = self._ask_for_checkpoint
         for number, handler in handlers.items():
-            self._before[number] = signal.signal(number, handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, handler)
         return self
 
     def __exit__(
@@ -84,20 +93,23 @@ class Stops:
             signal.raise_signal(number)
         else:
             self.requested = True
+            if number == signal.SIGINT:
+                with suppress(OSError):
+                    os.write(STDERR, NOTICE)  # not print, which may be what the signal came into
             if self.within_s:
-                self._timer = threading.Timer(self.within_s, self._reach_bound)
+                self._timer = threading.Timer(self.within_s, self._reach_bound, [number])
                 self._timer.daemon = True
                 self._timer.start()
 
-    def _reach_bound(self) -> None:
+    def _reach_bound(self, number: int) -> None:
         """In the timer's thread: wake the main one, also from a system call that it waits in."""
         self._bound_reached = True
         if hasattr(signal, "pthread_kill"):
             main = threading.main_thread().ident
             assert main is not None, "it is running"
-            signal.pthread_kill(main, signal.SIGINT)
+            signal.pthread_kill(main, number)
         else:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     def _abandon_if_overdue(self) -> None:
         if self._overdue and self._abandonable:
@@ -106,4 +118,5 @@ class Stops:
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None is the handler of a program around Python, which Python can't set.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -40,26 +40,36 @@ def self_play(
     run: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    take_over: bool = False,
 ) -> RunFolder:
     """Play `config.steps` steps of `config.algorithm` and return the run's folder.
 
     `run` names the folder (default: a new one under runs/). With `resume` it goes on from that
     folder's newest checkpoint, as if it had never stopped. `progress` watches (default: what
-    config.log.progress says).
+    config.log.progress says). `take_over` says that a process of another machine, which run.lock
+    names, has ended; one that is seen to play is refused all the same.
 
     Raises an LspError: ConfigError, ModelError, InputFileError and RewardError before weights are
     loaded where that is possible; after a checkpoint NonFiniteError, when too many steps in a row
     could not be learned from, MemoryLimitError, and Paused, when SIGINT or SIGTERM asks it to stop
-    or a service that a reward needs is away.
+    or a service that a reward needs is away. A second SIGINT is a KeyboardInterrupt that says how to
+    go on.
     """
     folder = RunFolder(run if run is not None else free_run_folder(config.algorithm))
-    with Stops(config.guard.stop_within_s) as stops, RunLock(folder.folder) as lock:
+    with Stops(config.guard.stop_within_s) as stops, RunLock(folder.folder, take_over) as lock:
         try:
             return _self_play(config, folder, lock, resume, progress, stops)
         except Abandoned:
             raise Paused(
                 "stopped by SIGTERM before a step was played; start it again, by --resume if its"
                 " folder holds a config.toml"
+            ) from None
+        except KeyboardInterrupt:
+            if not folder.config_file.is_file():
+                raise
+            raise KeyboardInterrupt(
+                "stopped at once; steps since the last checkpoint are played again by:"
+                f" lsp train --resume {folder.folder}"
             ) from None
 
 

@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"lsp: {line}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("\nlsp: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\nlsp: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has left (`lsp config | head`); there is no one to tell.

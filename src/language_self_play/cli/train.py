@@ -31,6 +31,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--run", metavar="DIR", help="the run folder (default: a new one in runs/)")
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in DIR")
     parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="the process of another machine that run.lock names has ended; play in its place",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check, show the arithmetic, load no weights"
     )
     if not {"-h", "--help"}.isdisjoint(arguments):
@@ -38,7 +43,7 @@ def run(arguments: list[str]) -> int:
 
     from language_self_play.cli.overrides import split_overrides
 
-    own, overrides = split_overrides(arguments, {"--run", "--resume", "--dry-run"})
+    own, overrides = split_overrides(arguments, {"--run", "--resume", "--dry-run", "--take-over"})
     options = parser.parse_args(own)
     for name in ("run", "resume"):
         if getattr(options, name) == "":
@@ -70,7 +75,7 @@ def run(arguments: list[str]) -> int:
     print("Loading torch and the model …", flush=True)
     from language_self_play.train import self_play
 
-    self_play(config, folder.folder, resume=bool(options.resume))
+    self_play(config, folder.folder, resume=bool(options.resume), take_over=options.take_over)
 
     from rich.console import Console
 
