@@ -193,8 +193,8 @@ def test_recipes_copy_refuses_to_overwrite(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["show", "nope"], "nope: no such recipe; one of arena, "),
-        (["copy", "nope"], "nope: no such recipe; one of arena, "),
+        (["show", "nope"], "nope: no such recipe; shipped recipes are arena, "),
+        (["copy", "arena-zeor"], "arena-zeor: no such recipe; did you mean arena-zero?"),
         (["copy", "arena", "no/where.toml"], "no/where.toml: can't be written (No such file"),
         (["copy", "arena", "."], ".: exists already; name another FILE"),
         (["show"], "the following arguments are required: NAME"),
@@ -281,6 +281,45 @@ def test_a_reader_that_has_left_is_met_with_silence(arguments):
     assert answer.returncode == 0
 
 
+def test_a_reader_of_a_plan_that_has_left_is_met_with_silence():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        answer = lsp(
+            *("train", "arena", "--device", "cpu", "--dry-run"),
+            capture_output=False,
+            stdout=writer,
+            stderr=subprocess.PIPE,
+        )
+    finally:
+        os.close(writer)
+    assert (answer.returncode, answer.stderr) == (0, "")
+
+
+def test_a_program_that_ends_itself_for_another_reason_keeps_its_code(monkeypatch):
+    monkeypatch.setattr("language_self_play.cli._run", lambda _: sys.exit(7))
+    with pytest.raises(SystemExit) as end:
+        main(["config"])
+    assert end.value.code == 7
+
+
+def test_a_run_whose_output_nobody_reads_any_more_is_played_to_its_end(tmp_path):
+    flags = "--steps=3 --threads=1 --eval.tasks=[] --device=cpu --log.game_every_s=0.001".split()
+    with subprocess.Popen(
+        [*MODULE, "train", "arena-zero", "--run", str(tmp_path / "run"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    ) as process:
+        assert process.stdout.readline().startswith("Loading torch")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(120) == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_terminal_without_greek_letters_still_gets_the_settings(encoding):
     answer = lsp("config", env=ENVIRONMENT | {"PYTHONIOENCODING": encoding}, encoding=encoding)
@@ -316,6 +355,78 @@ def test_what_is_no_model_is_refused_in_one_sentence(
     (tmp_path / "outer" / "model" / "config.json").write_text("{}")
     assert main([*command, model]) == 2
     assert capsys.readouterr().err == f"lsp: {sentence}\n"
+
+
+def make_run(folder):
+    (folder / "checkpoints").mkdir(parents=True)
+    table = '[policy]\npath = "arena"\n[reward.r]\nkind = "arena"\n'
+    (folder / "config.toml").write_text(table)
+    return folder
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Any look at the hub, even into its cache, fails the test."""
+    for name in ("cached_file", "find_adapter_config_file"):
+        monkeypatch.setattr(
+            f"transformers.utils.{name}", lambda *_, **__: pytest.fail("the hub was asked")
+        )
+
+
+@pytest.mark.parametrize("command", [["eval", "accuracy"], ["play"], ["train"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("model", "hint"),
+    [
+        ("runs/arnea", "; did you mean runs/arena?"),
+        ("runs/zzz", ""),
+        ("runs/arena/modle", "; did you mean runs/arena/model?"),
+        ("./rnus", "; did you mean runs?"),
+        ("minstral/", "; did you mean minstrel?"),
+        ("minstrle", "; did you mean minstrel?"),
+        ("arean", "; did you mean arena?"),
+    ],
+)
+def test_a_mistyped_folder_is_told_with_the_nearest_and_no_hub_is_asked(
+    command, model, hint, no_hub, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (make_run(tmp_path / "runs" / "arena") / "model").mkdir()
+    make_run(tmp_path / "minstrel")
+    flag = ["arena", "--policy.path"] if command == ["train"] else []
+    assert main([*command, *flag, model]) == 2
+    assert capsys.readouterr().err == f"lsp: {model}: no such folder{hint}\n"
+
+
+@pytest.mark.parametrize("model", ["gpt2", "meta-llama/Llama-3.2-1B", "minstrel-large/x"])
+def test_a_hub_id_is_no_mistyped_folder_for_being_a_little_like_one(model, tmp_path, monkeypatch):
+    from language_self_play.pretrained import resolve_model
+
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "gpt2-arena")
+    (tmp_path / "meta-llama" / "Llama-3.2-3B").mkdir(parents=True)  # beside it, but no run
+    assert resolve_model(model) == model
+
+
+def test_a_missing_policy_folder_is_told_before_a_hub_is_asked_about_a_reward(
+    no_hub, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    reward = "--reward.answer.kind=reward_model --reward.answer.path=someone/a-reward-model"
+    assert main(["train", "arena", "--policy.path", "./mdoel", *reward.split()]) == 2
+    assert capsys.readouterr().err == "lsp: ./mdoel: no such folder\n"
+
+
+@pytest.mark.parametrize("command", [["eval", "accuracy"], ["play"]], ids=" ".join)
+def test_a_run_without_a_checkpoint_has_nothing_to_play_and_says_so(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "run")
+    assert main([*command, "run"]) == 2
+    assert capsys.readouterr().err == (
+        "lsp: run: has no model yet, as no checkpoint has been written; go on with the run by: lsp train"
+        " --resume run\n"
+    )
 
 
 @pytest.mark.parametrize("command", [["eval", "accuracy"], ["play"]], ids=" ".join)
@@ -372,12 +483,13 @@ def test_play_takes_prompts_and_rewards_from_the_run_that_the_model_comes_from(
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "config.toml").write_text(
-        'algorithm = "lsp-zero"\n[policy]\npath = "m"\n[solver]\nmax_tokens = 9\n'
+        'algorithm = "lsp-zero"\ndevice = "cuda"\n[policy]\npath = "m"\n[solver]\nmax_tokens = 9\n'
         '[challenger]\ntask = "riddles"\n[reward.r]\nkind = "arena"\n'
     )
     config = config_for(model, None, {"solver": {"temperature": 0.5}})
     assert config.policy.path == "run/model"
     assert config.algorithm == "lsp"
+    assert config.device == "auto"  # of this machine, not of the one that trained it
     assert (config.solver.max_tokens, config.solver.temperature) == (9, 0.5)
     assert config.challenger.task == "riddles"
     assert list(config.reward) == ["r"]

@@ -463,7 +463,27 @@ def test_each_of_several_mistakes_has_its_sentence(tmp_path, capsys):
     assert len(lines) == 3
     assert lines[0].startswith("lsp: steps = 0: ")
     assert lines[1].startswith("lsp: solver.beta = -1: ")
-    assert lines[2] == "lsp: solver.max_token: no such setting; did you mean solver.max_tokens?"
+    assert lines[2] == (
+        "lsp: solver.max_token: no such setting; did you mean solver.max_tokens? (in config.toml)"
+    )
+
+
+def test_a_mistake_names_the_file_that_makes_it_and_no_other(tmp_path, capsys):
+    (tmp_path / "my.toml").write_text("steps = 0\n" + VALID)
+    assert main(["train", "my.toml", "--seed", "x"]) == 2
+    lines = sorted(capsys.readouterr().err.splitlines())
+    assert [line.endswith(" (in my.toml)") for line in lines] == [False, True]
+    assert [line.split(" = ")[0] for line in lines] == ["lsp: seed", "lsp: steps"]
+    # A flag mends a file's mistake, and what flags and a shipped recipe make together is no file's.
+    assert main(["train", "my.toml", "--steps", "x"]) == 2
+    assert "my.toml" not in capsys.readouterr().err
+    assert main(["train", "arena", "--algorithm", "grpo"]) == 2
+    assert capsys.readouterr().err.rstrip().endswith("which poses its own")
+    # A run's own settings, changed by hand.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("steps = 0\n" + VALID)
+    assert main(["train", "--resume", "run"]) == 2
+    assert capsys.readouterr().err.endswith(" (in run/config.toml)\n")
 
 
 def test_whole_sentences_read_as_sentences():
@@ -491,8 +511,14 @@ def test_whole_sentences_read_as_sentences():
 
 COMMAND_LINES = {
     "no recipe": (["train"], "which RECIPE? "),
-    "unknown recipe": (["train", "arean"], "arean: no such recipe or file; shipped recipes are "),
+    "unknown recipe": (["train", "arean"], "arean: no such recipe or file; did you mean arena?"),
     "missing file": (["train", "nothere.toml"], "nothere.toml: no such file"),
+    "mistyped file": (["train", "okk.toml"], "okk.toml: no such file; did you mean ok.toml?"),
+    "mistyped name": (["train", "o.toml"], "o.toml: no such file; did you mean ok.toml?"),
+    "no recipe's name": (
+        ["train", "zzz"],
+        "zzz: no such recipe or file; shipped recipes are arena,",
+    ),
     "a folder as TOML": (["train", "folder.toml"], "folder.toml: is a folder; a file is needed"),
     "a folder": (["train", "folder"], "folder: is a folder; a file is needed"),
     "a name too long for the disk": (["train", "x" * 300], "x" * 300 + ": "),
@@ -549,7 +575,8 @@ COMMAND_LINES = {
     ),
     "--resume of a 0-byte config": (
         ["train", "--resume", "empty"],
-        "empty/config.toml: the file is empty",
+        "empty/config.toml: holds no settings, as if the disk had lost them; put back a copy of it, or"
+        " start a new run",
     ),
     "--resume of a broken config": (
         ["train", "--resume", "broken"],
@@ -615,8 +642,10 @@ def test_a_bad_command_line_writes_no_file(tmp_path, capsys):
 def test_from_python_the_same_mistakes_are_value_and_os_errors():
     with pytest.raises(ValueError, match=r"^steps = 0: "):
         Config.from_recipe("arena", steps=0)
-    with pytest.raises(OSError, match="no such recipe or file"):
+    with pytest.raises(OSError, match="no such recipe or file; did you mean arena"):
         Config.from_recipe("arean")
+    with pytest.raises(ValueError, match=r"^cls: no such setting"):
+        Config.from_recipe("arena", cls=3)
     with pytest.raises(InputFileError, match="no such file"):
         load_recipe("nothere.toml")
 

@@ -73,7 +73,7 @@ def test_a_run_without_records_has_no_metrics(run):
 )
 def test_games_survive_every_line_separator_that_a_model_may_write(run, separator):
     games = [game(f"one{separator}two"), game("three")]
-    run.write_games(1, games)
+    run.record({"step": 1}, games)
     assert run.games(1) == games
 
 
@@ -258,8 +258,9 @@ def test_every_key_that_is_not_finite_is_named(run):
 
 def test_a_game_that_is_not_finite_is_refused_and_not_written(run):
     with pytest.raises(NonFiniteError, match=r"^step 4: a game is not finite$"):
-        run.write_games(4, [{"step": 4, "answers": [{"reward": math.nan}]}])
+        run.record({"step": 4}, [{"step": 4, "answers": [{"reward": math.nan}]}])
     assert run.games(4) == []
+    assert list(run.metrics()) == []
 
 
 # ---------------------------------------------------------------- folders that can't be used
@@ -329,6 +330,7 @@ def test_a_folder_without_a_run_can_not_be_resumed(tmp_path):
         ({"checkpoint": {"keep_last": 3}}, "checkpoint.keep_last", 3),
         ({"checkpoint": {"keep_every": 3}}, "checkpoint.keep_every", 3),
         ({"log": {"progress": "none"}}, "log.progress", "none"),
+        ({"device": "cpu"}, "device", "cpu"),
         ({"log": {"game_every_s": 0}}, "log.game_every_s", 0.0),
         ({"seed": 7}, "seed", 7),  # as it was
         ({}, "policy.path", "m"),
@@ -346,7 +348,6 @@ def test_a_resumed_run_may_change_how_long_it_runs_and_its_cadences(run, overrid
     [
         ({"seed": 8}, "seed = 8: was 7 when the run began"),
         ({"algorithm": "lsp-zero"}, "algorithm = 'lsp-zero': was 'lsp' when the run began"),
-        ({"device": "cpu"}, "device = 'cpu': was 'auto' when the run began"),
         ({"threads": 2}, "threads = 2: was None when the run began"),
         ({"policy": {"path": "n"}}, "policy.path = 'n': was 'm' when the run began"),
         ({"policy": {"chat_template_kwargs": {"x": 1}}}, "policy.chat_template_kwargs"),

@@ -90,9 +90,45 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path):
     # As if it had been killed in the middle of step 3: a record and a game too many, half a line.
     with part.metrics_file.open("a") as file:
         file.write('{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
-    part.write_games(2, [{"query": "spoilt", "answers": []}])
+    spoilt = part.games_folder / "step-000002.jsonl"
+    spoilt.write_text('{"query": "spoilt", "answers": []}\n')
     resumed = self_play(part.resumed_config({"steps": 4}), tmp_path / "part", resume=True)
     assert_same_run(whole, resumed)
+
+
+def test_what_a_recipe_leaves_open_is_written_as_it_was_resolved_and_kept(tmp_path, monkeypatch):
+    import torch
+
+    import language_self_play.game as game
+
+    monkeypatch.setattr(game, "choose_device", lambda name: torch.device("cpu"))  # of auto
+    run = self_play(small(steps=1, device="auto", dtype="auto", threads=None), tmp_path / "run")
+    table = run.config()
+    assert (table["device"], table["dtype"]) == ("cpu", "float32")
+    assert table["threads"] == torch.get_num_threads()
+    # Resumed where auto would be another device, it stays where it was ...
+    asked = []
+    monkeypatch.setattr(
+        game, "choose_device", lambda name: asked.append(name) or torch.device("cpu")
+    )
+    self_play(run.resumed_config({"steps": 2}), run.folder, resume=True)
+    self_play(run.resumed_config({"steps": 3, "device": "auto"}), run.folder, resume=True)
+    assert asked == ["cpu", "cpu"]
+    # ... and moves if it is told to.
+    self_play(run.resumed_config({"steps": 4, "device": "cuda"}), run.folder, resume=True)
+    assert asked[2:] == ["cuda"]
+
+
+def test_a_run_of_a_device_that_is_not_here_says_how_to_move_it(tmp_path):
+    run = self_play(small(steps=1, device="cpu"), tmp_path / "run")
+    run.config_file.write_text(run.config_file.read_text().replace('"cpu"', '"cuda:77"'))
+    with pytest.raises(
+        ConfigError, match=r"^device = 'cuda:77': can't be used here: .*--device cpu"
+    ):
+        self_play(run.resumed_config({"steps": 2}), run.folder, resume=True)
+    moved = run.resumed_config({"steps": 2, "device": "cpu"})
+    self_play(moved, run.folder, resume=True)
+    assert run.config()["device"] == "cpu"
 
 
 VARIANTS = {

@@ -18,7 +18,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field
 
 from language_self_play.errors import ConfigError
-from language_self_play.recipe_files import load_recipe, merge
+from language_self_play.recipe_files import load_recipe, merge, recipe_names
 from language_self_play.settings import sentences
 
 # Strict: true is no number, and "5" neither.
@@ -438,7 +438,8 @@ class Config(Section):
     device: str = Field(
         "auto",
         pattern=DEVICE,
-        description="`auto`, `cpu`, `cuda`, `cuda:N` or `mps`.",
+        description="`auto`, `cpu`, `cuda`, `cuda:N` or `mps`; auto is CUDA, else MPS, else the CPU, and is"
+        " then kept for the run.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -503,20 +504,37 @@ class Config(Section):
         return self
 
     @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> Config:
-        """Validate a nested table of settings. Raises ConfigError with one sentence a mistake."""
+    def from_table(
+        cls,
+        table: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+        file: str | os.PathLike[str] | None = None,
+    ) -> Config:
+        """Validate a nested table of settings, with `overrides` laid over it.
+
+        Raises ConfigError with one sentence a mistake, which names `file`, where the table comes from,
+        if the mistake is the table's own.
+        """
         try:
-            return cls.model_validate(table)
+            return cls.model_validate(merge(table, overrides or {}))
         except pydantic.ValidationError as error:
-            raise ConfigError("\n".join(sentences(error, cls))) from None
+            mistakes = sentences(error, cls)
+        if file is not None:
+            try:
+                cls.model_validate(table)
+            except pydantic.ValidationError as error:
+                its_own = sentences(error, cls)
+                mistakes = [f"{m} (in {os.fspath(file)})" if m in its_own else m for m in mistakes]
+        raise ConfigError("\n".join(mistakes))
 
     @classmethod
-    def from_recipe(cls, recipe: str | os.PathLike[str], **overrides: Any) -> Config:
+    def from_recipe(cls, recipe: str | os.PathLike[str], /, **overrides: Any) -> Config:
         """Read a TOML file or a shipped recipe; `overrides` are nested tables merged into it.
 
         Raises InputFileError for a file that can't be read, ConfigError for what it says.
         """
-        return cls.from_table(merge(load_recipe(recipe), overrides))
+        file = None if os.fspath(recipe) in recipe_names() else recipe
+        return cls.from_table(load_recipe(recipe), overrides, file)
 
     def to_toml(self) -> str:
         """This configuration as TOML, every field written out, unset optionals left out."""

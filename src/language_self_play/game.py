@@ -32,6 +32,7 @@ from language_self_play.pretrained import (
     choose_dtype,
     context_length,
     load_model_config,
+    resolve_model,
 )
 from language_self_play.prompts import challenger_prompt
 from language_self_play.randomness import choose, stream_key
@@ -256,7 +257,9 @@ def prepare(config: Config) -> Game:
         torch.set_num_threads(config.threads)
     device, reward, questions = check_without_weights(config)
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
-    config = config.model_copy(update={"threads": torch.get_num_threads(), "dtype": dtype})
+    threads = torch.get_num_threads()
+    resolved = {"threads": threads, "dtype": dtype, "device": str(device)}
+    config = config.model_copy(update=resolved)
     warn_of_bias(config)
     policy = load_policy(config, device)
     reward.load(device)
@@ -274,6 +277,7 @@ def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list
     Raises ConfigError, InputFileError, ModelError or RewardError.
     """
     device = choose_device(config.device)
+    resolve_model(config.policy.path)  # before any hub is asked about a reward's model
     reward = build_reward(config)
     held_out = arena.is_held_out_query if plays_in_arena(config) else lambda query: False
     questions = load_queries(config.data, held_out) if config.algorithm == "grpo" else []

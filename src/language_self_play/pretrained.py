@@ -6,6 +6,7 @@ base is then found in the same way and the adapter merged into it.
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Callable
@@ -20,10 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from language_self_play.errors import ConfigError, InputFileError, ModelError
 from language_self_play.extras import require
+from language_self_play.run_folder import RunFolder
 
 BUILT_IN_MODEL = "arena"
 # Models without a stated context get one that no completion reaches.
 UNBOUNDED_CONTEXT = 1 << 30
+# Of two names (difflib's ratio): two letters swapped in one of five are 0.8.
+LIKENESS = 0.75
 
 Loaded = TypeVar("Loaded")
 
@@ -124,9 +128,37 @@ def resolve_model(path: str) -> str:
         raise ModelError(f"{path}: the folder holds no config.json, so it is no model{hint}")
     if folder.exists():
         raise ModelError(f"{path}: is a file; a model is a folder with config.json and safetensors")
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ModelError(f"{path}: no such folder")
+    _refuse_mistyped(path)
     return path
+
+
+def _refuse_mistyped(path: str) -> None:
+    """Raises ModelError, with the nearest name, for what is meant as a folder and is none.
+
+    `./x` and `a/b/c` are no hub ids. `runs/x` could be one, but not where runs/ holds runs; nor is a bare
+    name meant as one that is almost that of a run, or of the built-in model.
+    """
+    folder = Path(path)
+    try:
+        beside = [p for p in folder.parent.iterdir() if p.is_dir()]
+    except OSError:
+        beside = []
+    runs = [p for p in beside if RunFolder.holding(p) is not None]
+    is_path = path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1
+    if is_path or folder.parent != Path():
+        is_path, near = is_path or bool(runs), _nearest(folder, beside)
+    else:
+        near = _nearest(folder, [*runs, Path(BUILT_IN_MODEL)])
+        is_path = near is not None
+    if is_path:
+        raise ModelError(f"{path}: no such folder{f'; did you mean {near}?' if near else ''}")
+
+
+def _nearest(missing: Path, folders: list[Path]) -> Path | None:
+    """The one of `folders` whose name is most like the missing one's, if it is like it."""
+    named = {folder.name: folder for folder in folders}
+    near = difflib.get_close_matches(missing.name, named, n=1, cutoff=LIKENESS)
+    return named[near[0]] if near else None
 
 
 def adapter_base(path: str) -> str | None:
@@ -163,7 +195,9 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"device = {name!r}: can't be used here: {reason}") from None
+        raise ConfigError(
+            f"device = {name!r}: can't be used here: {reason}; another, such as --device cpu, may"
+        ) from None
     return device
 
 

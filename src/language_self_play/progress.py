@@ -57,25 +57,28 @@ class PlainLines(Silent):
         self.began = time.monotonic()
         self.shown = float("-inf")
         self.state: Record = {}
+        self.is_read = True
 
     def step(self, record: Record, games: list[Record]) -> None:
         self.state |= record
         now = time.monotonic()
         finished = record["step"] >= self.steps - 1
-        if now - self.shown < max(self.every_s, 1.0) and not finished:
+        if not self.is_read or (now - self.shown < max(self.every_s, 1.0) and not finished):
             return
         self.shown = now
         done = record["step"] + 1 - self.start
         left = (now - self.began) / max(done, 1) * max(0, self.steps - record["step"] - 1)
-        print(
-            f"step {record['step']}/{self.steps}  {_duration(left)} left  {headline(self.state)}",
-            file=self.out,
-        )
+        lines = [
+            f"step {record['step']}/{self.steps}  {_duration(left)} left  {headline(self.state)}"
+        ]
         if times := time_line(record):
-            print(f"    {times}", file=self.out)
-        self.out.flush()
+            lines.append(f"    {times}")
         if self.every_s and (game := choose_game(games)):
-            print(f"    {game_line(game)}", file=self.out, flush=True)
+            lines.append(f"    {game_line(game)}")
+        try:
+            print("\n".join(lines), file=self.out, flush=True)
+        except OSError:
+            self.is_read = False  # the reader has left, its disk is full: the run is worth more
 
 
 class LiveBar(Silent):

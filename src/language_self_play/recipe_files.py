@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tomllib
 from collections.abc import Mapping
@@ -26,11 +27,23 @@ def recipe_text(recipe: str | os.PathLike[str]) -> str:
     if os.fspath(recipe) in recipe_names():
         shipped = resources.files("language_self_play") / "recipes" / f"{recipe}.toml"
         return shipped.read_text("utf-8")
-    if path.suffix != ".toml" and not os.path.lexists(path):
-        raise InputFileError(
-            f"{recipe}: no such recipe or file; shipped recipes are {', '.join(recipe_names())}"
-        )
+    if not os.path.lexists(path):
+        raise InputFileError(no_such_recipe(recipe))
     return read_text(path)
+
+
+def no_such_recipe(name: str | os.PathLike[str], files: bool = True) -> str:
+    """The sentence for what is no recipe's name, nor with `files` a file's: with the nearest that is."""
+    known = recipe_names()
+    if Path(name).suffix == ".toml":
+        what, otherwise = "file", ""
+    else:
+        what = "recipe or file" if files else "recipe"
+        otherwise = f"; shipped recipes are {', '.join(known)}"
+    if files:
+        known += [os.fspath(file) for file in Path(name).parent.glob("*.toml")]
+    near = difflib.get_close_matches(os.fspath(name), known, n=1)
+    return f"{name}: no such {what}{f'; did you mean {near[0]}?' if near else otherwise}"
 
 
 def load_recipe(recipe: str | os.PathLike[str]) -> dict[str, Any]:
@@ -40,10 +53,19 @@ def load_recipe(recipe: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputFileError(
             f"{recipe}: the file is empty; `lsp recipes show arena` shows a whole one"
         )
+    return _parsed(text, recipe)
+
+
+def load_toml(file: Path) -> dict[str, Any]:
+    """The table of any TOML file. Raises InputFileError."""
+    return _parsed(read_text(file), file)
+
+
+def _parsed(text: str, named: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise InputFileError(f"{recipe}: not valid TOML: {error}") from None
+        raise InputFileError(f"{named}: not valid TOML: {error}") from None
 
 
 def read_text(path: Path, setting: str | None = None) -> str:

@@ -2,8 +2,9 @@
 
     config.toml  metrics.jsonl  events.jsonl  games/step-000012.jsonl  checkpoints/  model/  run.lock
 
-docs/run-folder.md tells what each is, what is atomic, and how to recover. Values that can't be reproduced stand under `time/` or `memory/`; metrics and games hold no
-timestamps, so that a resumed run's folder is the uninterrupted run's.
+docs/run-folder.md tells what each is, what is atomic, and how to recover. Values that can't be
+reproduced stand under `time/` or `memory/`; metrics and games hold no timestamps, so that a resumed
+run's folder is the uninterrupted run's.
 """
 
 from __future__ import annotations
@@ -22,20 +23,21 @@ from typing import Any, Literal, NoReturn
 from language_self_play.config import Config
 from language_self_play.durable import PASSING, append_text, replace_text
 from language_self_play.errors import ConfigError, NonFiniteError, Paused, RunFolderError
-from language_self_play.recipe_files import load_recipe, merge
+from language_self_play.recipe_files import load_toml
 
 Record = dict[str, Any]
 # What of a trained model a run holds: all its weights, or its adapter alone.
 Part = Literal["model", "adapter"]
 
-# What a resumed run may change: how long it runs, cadences, when it stops, and how much memory it takes.
+# What a resumed run may change: how long it runs, cadences, when it stops, how much memory it takes, and,
+# on purpose, the device.
 RESUMABLE = (
-    *("steps", "eval.every", "checkpoint.", "guard.", "log."),
+    *("steps", "eval.every", "checkpoint.", "guard.", "log.", "device"),
     *("learner.tokens_per_micro_batch", "rollout.batch_size"),
 )
 
 # What is left open in a recipe, and written to config.toml as it was resolved.
-RESOLVED = ("threads", "dtype")
+RESOLVED = ("threads", "dtype", "device")
 
 # Steps whose records may wait for a disk that can't take them, before the run stops. They are paid
 # for again in any case where no checkpoint can be written; a passing fault is over sooner.
@@ -70,14 +72,17 @@ class RunFolder:
         return None
 
     def newest_model(self) -> Path:
-        """model/, or the newest checkpoint's where the run has not finished."""
+        """model/, or the newest checkpoint's where the run has not finished. Raises RunFolderError."""
         if self.model_folder.is_dir():
             return self.model_folder
         for checkpoint in reversed(self.checkpoints()):
             for part in ("model", "adapter"):
                 if (checkpoint / part).is_dir():
                     return checkpoint / part
-        return self.model_folder
+        raise RunFolderError(
+            f"{self.folder}: has no model yet, as no checkpoint has been written; go on with the run by:"
+            f" lsp train --resume {self.folder}"
+        )
 
     def checkpoints(self) -> list[Path]:
         """The folders checkpoints/step-…, whole or damaged, oldest first."""
@@ -119,17 +124,25 @@ class RunFolder:
         """The table of config.toml. Raises RunFolderError if there is no run here."""
         if not self.config_file.is_file():
             raise RunFolderError(f"{self.folder}: no run here (there is no config.toml)")
-        return load_recipe(self.config_file)
+        if not (table := load_toml(self.config_file)):
+            raise RunFolderError(
+                f"{self.config_file}: holds no settings, as if the disk had lost them; put back a copy of"
+                " it, or start a new run"
+            )
+        return table
 
     def resumed_config(self, overrides: Mapping[str, Any]) -> Config:
         """The run's configuration with `overrides`. Raises ConfigError as refuse_changes does."""
-        config = Config.from_table(merge(self.config(), overrides))
+        config = Config.from_table(self.config(), overrides, self.config_file)
         self.refuse_changes(config)
         return config
 
+    def _began_with(self) -> Config:
+        return Config.from_table(self.config(), file=self.config_file)
+
     def refuse_changes(self, config: Config) -> None:
         """Raises ConfigError if `config` changes more of this run than what RESUMABLE names."""
-        before = flatten(Config.from_table(self.config()).model_dump())
+        before = flatten(self._began_with().model_dump())
         now = flatten(config.model_dump())
         for name in dict.fromkeys([*now, *before]):
             value = now.get(name)
@@ -149,7 +162,7 @@ class RunFolder:
 
     def as_resolved(self, config: Config) -> Config:
         """`config` with what it leaves open as it was when the run began."""
-        before = Config.from_table(self.config())
+        before = self._began_with()
         left_open = [name for name in RESOLVED if getattr(config, name) in (None, "auto")]
         return config.model_copy(update={name: getattr(before, name) for name in left_open})
 
@@ -204,12 +217,6 @@ class RunFolder:
             f"paused, {error}; {newest} steps are safe; {advice}, then go on with:"
             f" lsp train --resume {self.folder}"
         )
-
-    def write_games(self, step: int, games: list[Record]) -> None:
-        if games:
-            lines = "".join(_json_line(game) for game in games)
-            with _Sentences(self.folder):
-                replace_text(self._games_file(step), lines)
 
     def event(self, kind: str, **details: Any) -> None:
         """Append to events.jsonl what happened outside the game (started, paused, resumed, …).

@@ -67,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has left (`lsp config | head`); there is no one to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # met, and seen to, by rich
+            return 0
+        raise
     except Exception as error:
         if os.environ.get("LSP_TRACEBACK"):
             traceback.print_exc()

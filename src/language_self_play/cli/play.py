@@ -70,6 +70,7 @@ def config_for(model: str, recipe: str | None, overrides: dict[str, Any]) -> Con
         table = load_recipe(recipe)
     elif run is not None:
         table = run.config()
+        table.pop("device", None)  # where it was trained, which may be another machine
         model = str(run.newest_model()) if path == run.folder else model
     elif model == BUILT_IN_MODEL:
         table = load_recipe(BUILT_IN_MODEL)

@@ -20,14 +20,14 @@ def run(arguments: list[str]) -> int:
     copy.add_argument("file", metavar="FILE", nargs="?", help="default: NAME.toml")
     options = parser.parse_args(arguments)
 
-    from language_self_play.recipe_files import recipe_names, recipe_text
+    from language_self_play.recipe_files import no_such_recipe, recipe_names, recipe_text
 
     if options.action in (None, "list"):
         for name in recipe_names():
             print(f"{name:<16}{recipe_text(name).splitlines()[0].lstrip('# ')}")
         return 0
     if options.name not in recipe_names():
-        raise InputFileError(f"{options.name}: no such recipe; one of {', '.join(recipe_names())}")
+        raise InputFileError(no_such_recipe(options.name, files=False))
     if options.action == "show":
         sys.stdout.write(recipe_text(options.name))
         return 0

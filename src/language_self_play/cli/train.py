@@ -56,14 +56,13 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("which RECIPE? A TOML file or a shipped name, such as: lsp train arena")
 
     from language_self_play.config import Config
-    from language_self_play.recipe_files import load_recipe, merge
     from language_self_play.run_folder import RunFolder, free_run_folder
 
     if options.resume:
         folder = RunFolder(options.resume)
         config = folder.resumed_config(overrides)
     else:
-        config = Config.from_table(merge(load_recipe(options.recipe), overrides))
+        config = Config.from_recipe(options.recipe, **overrides)
         folder = RunFolder(options.run or free_run_folder(Path(options.recipe).stem))
         folder.refuse_if_used()
     if options.dry_run:

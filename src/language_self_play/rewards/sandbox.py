@@ -288,11 +288,8 @@ REFUSED = {
     "x86_64": [272, 308, 29, 319, 101, 248, 249, 250, 321, 298, 323, 425],
     "aarch64": [97, 268, 194, 279, 117, 217, 218, 219, 280, 241, 282, 425],
 }
-AF_UNIX, AF_INET, AF_INET6 = (
-    1,
-    2,
-    10,
-)  # which the network namespace isolates; it does not all others
+# Those that the network namespace isolates; it does not all others.
+AF_UNIX, AF_INET, AF_INET6 = 1, 2, 10
 
 # seccomp's little machine, from linux/bpf_common.h, seccomp.h.
 LOAD, IF_EQUAL, IF_AT_LEAST, IF_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
