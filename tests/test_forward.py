@@ -304,3 +304,176 @@ def test_other_models_from_a_folder_keep_the_usual_kernel(
 ):
     make_model("llama").save_pretrained(tmp_path)
     assert load_model(str(tmp_path), torch.float32, CPU).config._attn_implementation == "sdpa"
+
+
+# ---------------------------------------------------------------- what no short text shows
+
+
+CHUNK = 12  # more than the tokens with which a model is tried out
+
+
+def chunked_llama() -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=64,
+        intermediate_size_mlp=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        attention_chunk_size=CHUNK,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    assert "chunked_attention" in config.layer_types
+    return transformers.Llama4ForCausalLM(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.* gives no logits for hidden states alone")
+def test_chunked_attention_is_no_sliding_window_and_gets_whole_sequences(endless_chat: Any):
+    from language_self_play.config import Sampling
+    from language_self_play.sampling.transformers import TransformersSampler
+
+    model = chunked_llama()
+    with pytest.warns(UserWarning, match="knows no shared prompts, so in learning"):
+        path = choose_path(model)
+    assert not path.shared_prompt
+    with pytest.warns(UserWarning, match="its own copy of its prompt's keys and values"):
+        sampler = TransformersSampler(model, endless_chat, seed=0, batch_size=8)
+    assert not sampler.shares_prompts
+    # Two prompts that end in their second chunk, completions that end in their third.
+    prompts = [[3 + i % 50 for i in range(CHUNK + 3)], [9 + i % 40 for i in range(CHUNK + 1)]]
+    with torch.no_grad():
+        for group in sampler.sample(prompts, 2, "solver", Sampling(), CHUNK + 2):
+            for completion in group.completions:
+                whole = torch.tensor([[*group.prompt, *completion.tokens]])
+                alone = model(input_ids=whole).logits[0].log_softmax(-1)
+                expected = [
+                    alone[len(group.prompt) - 1 + t, token].item()
+                    for t, token in enumerate(completion.tokens)
+                ]
+                assert completion.logprobs == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "unknown"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, False),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, True),
+        ({"layer_types": ["indexed_attention"]}, True),
+        ({"layer_types": None, "attention_chunk_size": 8192}, True),
+        ({"layer_types": None, "attention_chunk_size": None}, False),
+        ({}, False),
+    ],
+)
+def test_only_full_and_sliding_attention_are_known(config: dict[str, Any], unknown: bool):
+    from types import SimpleNamespace
+
+    from language_self_play.shared_prompt import has_unknown_layers
+
+    text = SimpleNamespace(**config)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    assert has_unknown_layers(model) is unknown  # type: ignore[arg-type]
+
+
+ORIGINAL = 16
+
+
+def longrope_phi(tokenizer: Any) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=ORIGINAL,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "short_factor": [1.0, 1.0, 1.0, 1.0],
+            "long_factor": [2.0, 4.0, 8.0, 16.0],
+        },
+        initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return transformers.Phi3ForCausalLM(config).eval()
+
+
+def test_longrope_ends_the_context_where_its_factors_change(endless_chat: Any, tokenizer: Any):
+    from language_self_play.config import Sampling
+    from language_self_play.pretrained import context_length, stated_context
+    from language_self_play.sampling.transformers import TransformersSampler
+
+    model = longrope_phi(tokenizer)
+    assert (context_length(model.config), stated_context(model.config)) == (ORIGINAL, 64)
+    prompt = list(range(3, 3 + ORIGINAL - 6))
+
+    def worst_difference() -> float:
+        """Of the sampler's log-probs from those of one pass over the whole text."""
+        sampler = TransformersSampler(model, endless_chat, seed=0, batch_size=8)
+        sampler.context_length = limit
+        worst = 0.0
+        [group] = sampler.sample([prompt], 2, "solver", Sampling(), 20)
+        for completion in group.completions:
+            whole = torch.tensor([[*prompt, *completion.tokens]])
+            alone = model(input_ids=whole).logits[0].log_softmax(-1)
+            for t, token in enumerate(completion.tokens):
+                expected = alone[len(prompt) - 1 + t, token].item()
+                worst = max(worst, abs(expected - completion.logprobs[t]))
+        lengths.append(len(completion.tokens))
+        return worst
+
+    lengths: list[int] = []
+    with torch.no_grad():
+        limit = context_length(model.config)
+        assert worst_difference() < 1e-5
+        limit = stated_context(model.config)
+        assert worst_difference() > 0.01  # why it ends there
+    assert lengths == [6, 20]
+
+
+def test_a_run_of_a_longrope_model_says_how_much_of_its_context_it_uses(
+    tokenizer: Any, make_config: Callable[..., Any], tmp_path: Path
+):
+    from language_self_play.game import warn_of_context
+
+    longrope_phi(tokenizer).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="of its context of 64 tokens the run uses 16, beyond"):
+        warn_of_context(make_config(policy={"path": str(tmp_path)}))
+    warn_of_context(make_config())  # warnings are errors
+
+
+def test_longrope_is_found_under_its_older_names_and_in_tables_of_several_kinds():
+    import transformers
+
+    from language_self_play.pretrained import context_length
+
+    def context(**settings: Any) -> int:
+        config = transformers.PreTrainedConfig()
+        for name, value in {"max_position_embeddings": 100, **settings}.items():
+            setattr(config, name, value)
+        return context_length(config)
+
+    su = {"type": "su", "short_factor": [1.0], "long_factor": [2.0]}
+    assert context(rope_scaling=su, original_max_position_embeddings=10) == 10
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 20}
+    plain = {"rope_type": "default"}
+    assert context(rope_parameters={"full_attention": longrope, "sliding_attention": plain}) == 20
+    assert context(rope_parameters=plain) == 100
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 25}
+    assert context(rope_parameters=yarn) == 100  # its factors are the same in every pass

@@ -36,6 +36,7 @@ from language_self_play.shared_prompt import (
     attention_of,
     attention_to_shared_prompts,
     go_on,
+    has_unknown_layers,
     layer_windows,
 )
 
@@ -76,7 +77,7 @@ def choose_path(model: PreTrainedModel) -> ForwardPath:
                 stacklevel=2,
             )
             path = replace(path, separate_head=False)
-        if not _agrees(model, probe, expected, path):
+        if has_unknown_layers(model) or not _agrees(model, probe, expected, path):
             warnings.warn(
                 f"{type(model).__name__} has a kind of attention that knows no shared prompts, so in"
                 " learning prompts are computed once for each completion",
@@ -94,7 +95,9 @@ def goes_on_from_shared_prompts(model: PreTrainedModel) -> bool:
     probe = _probe(model)
     with torch.no_grad():
         expected = completion_logprobs(model, probe, 1.0, PLAIN)
-        agrees = _is_close(model, probe, expected, lambda: _logprobs_behind_prompts(model, probe))
+        agrees = not has_unknown_layers(model) and _is_close(
+            model, probe, expected, lambda: _logprobs_behind_prompts(model, probe)
+        )
     if not agrees:
         warnings.warn(
             f"{type(model).__name__} has a kind of attention that knows no shared prompts, so each"

@@ -32,7 +32,9 @@ from language_self_play.pretrained import (
     choose_dtype,
     context_length,
     load_model_config,
+    longrope_context,
     resolve_model,
+    stated_context,
 )
 from language_self_play.prompts import challenger_prompt
 from language_self_play.randomness import choose, stream_key
@@ -261,6 +263,7 @@ def prepare(config: Config) -> Game:
     resolved = {"threads": threads, "dtype": dtype, "device": str(device)}
     config = config.model_copy(update=resolved)
     warn_of_bias(config)
+    warn_of_context(config)
     policy = load_policy(config, device)
     reward.load(device)
     sampler = TransformersSampler(policy.model, policy.chat, config.seed, config.rollout.batch_size)
@@ -342,3 +345,17 @@ def warn_of_bias(config: Config) -> None:
                 " top_p = 1 and top_k = 0 are exact",
                 stacklevel=2,
             )
+
+
+def warn_of_context(config: Config) -> None:
+    """Say once that of a longrope model's context only its beginning can be used."""
+    path, remote_code = config.policy.path, config.policy.trust_remote_code
+    model_config = load_model_config(path, remote_code)
+    usable, stated = longrope_context(model_config), stated_context(model_config)
+    if usable is not None and usable < stated:
+        warnings.warn(
+            f"policy.path = {path!r}: of its context of {stated} tokens the run uses {usable}, beyond"
+            " which its rotary positions (longrope) depend on the longest text of a pass, and sampler"
+            " and trainer would differ",
+            stacklevel=2,
+        )

@@ -210,9 +210,34 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Most tokens of prompt and completion together; UNBOUNDED_CONTEXT if the model states none."""
+    """Most tokens of prompt and completion together; UNBOUNDED_CONTEXT if the model states none.
+
+    With longrope no more than it was first trained for. Beyond that all positions of a pass are rotated
+    by other factors, which keys that a sampler has kept are not, nor other micro-batches: the sampler's
+    log-probs would not be the trainer's.
+    """
+    return longrope_context(config) or stated_context(config)
+
+
+def stated_context(config: PreTrainedConfig) -> int:
+    """The context that the model's config states, or UNBOUNDED_CONTEXT."""
     stated = getattr(config.get_text_config(), "max_position_embeddings", None)
     return stated or UNBOUNDED_CONTEXT
+
+
+def longrope_context(config: PreTrainedConfig) -> int | None:
+    """Where the factors of longrope (Ding et al. 2024), as of Phi-3, change; None for other models."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    # Models with layers of several kinds have one table for each kind.
+    tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]
+    originals = [
+        table.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        for table in tables
+        if table.get("rope_type", table.get("type")) in ("longrope", "su")  # its first name
+    ]
+    return min((length for length in originals if length), default=None)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -7,7 +7,7 @@ their own behind them, in buffers that grow a piece at a time:
     own     (R, H, L, D)    the l-th of every row stands l places behind its prompt
 
 Nothing is copied per token. Sliding windows and capped scores are known here; other kinds of attention
-are not: forward.py finds out which a model has.
+are not: forward.py finds out which a model has, by what its config says and by trying it out.
 
 Axes beside those of types.py: R rows, H key-value heads, Q query tokens, D head size, L own tokens.
 """
@@ -30,6 +30,8 @@ from language_self_play.packed_prompt import PackedPrompt
 ATTENTION = "shared_prompt"
 # Tokens by which a row's buffer grows: a copy of it is made once in so many tokens.
 PIECE = 128
+# Of transformers' kinds of layers.
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class SharedPromptLayer(CacheLayerMixin):
@@ -179,6 +181,19 @@ class SharedPrompt(Cache):
         shared = prompt_keys(*prompts, Q, self.K * q, L - Q, window, self.padding_BP)
         mapping = Mapping(self.by_prompt, self.by_row)
         return merged_attention(grouped, own, shared, mapping, scale, softcap).flatten(1, 2)
+
+
+def has_unknown_layers(model: PreTrainedModel) -> bool:
+    """Whether the config names a kind of layer that is not known here.
+
+    Trying a model out would not tell: chunked attention (Llama 4), which has the cache of a sliding
+    window, and attention to the best keys show only in texts longer than a chunk.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return getattr(config, "attention_chunk_size", None) is not None
+    return not KNOWN_LAYERS.issuperset(kinds)
 
 
 def layer_windows(model: PreTrainedModel) -> list[int | None]:
