@@ -623,6 +623,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "train": ("RECIPE",),
     "train nothere": ("nothere",),
     "train nothere.toml": ("nothere.toml",),
+    "train goood.toml": ("goood.toml", "good.toml"),
+    "train arean": ("arean", "arena"),
     "train folder": ("folder",),
     "train good.toml more.toml": ("more.toml",),
     "train good.toml --run file": ("file",),
@@ -643,6 +645,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "train --resume": ("--resume",),
     "train --resume=": ("--resume",),
     "train --resume nothere": ("nothere",),
+    "train --resume empty": ("empty/config.toml",),
+    "train --resume used --take-ovr": ("--take-ovr", "--take-over"),
     "train --resume file": ("file",),
     "train --resume folder": ("folder",),
     "train --resume used --run new": ("--run",),
@@ -661,7 +665,11 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "eval accuracy file": ("file",),
     "eval accuracy arena --json no/where.json": ("no/where.json",),
     "play": ("MODEL",),
+    "eval accuracy used": ("used", "--resume"),
+    "play used": ("used", "--resume"),
     "play ./nothere": ("./nothere",),
+    "play runs/uesd": ("runs/uesd", "runs/used"),
+    "play decayign": ("decayign", "decaying"),
     "play arena --games 0": ("--games",),
     "play arena --games x": ("--games",),
     "play arena --recipe nothere": ("nothere",),
@@ -690,6 +698,9 @@ def test_a_bad_command_line_is_one_sentence_that_names_the_mistake(line, no_weig
     }.items():
         (Path(run) / "checkpoints").mkdir(parents=True)
         (Path(run) / "config.toml").write_text(tomli_w.dumps(table))
+    shutil.copytree("used", "runs/used")
+    Path("empty").mkdir()
+    Path("empty/config.toml").write_text("")
     before = sorted(Path().rglob("*"))
     [sentence], _ = refused(capsys, *line.split())
     for name in COMMANDS[line]:

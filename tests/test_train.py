@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,68 @@ def test_a_run_of_a_device_that_is_not_here_says_how_to_move_it(tmp_path):
     moved = run.resumed_config({"steps": 2, "device": "cpu"})
     self_play(moved, run.folder, resume=True)
     assert run.config()["device"] == "cpu"
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MyConfig(LlamaConfig):
+    model_type = "mine"
+
+class MyModel(LlamaForCausalLM):
+    config_class = MyConfig
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 0.5 * output.logits  # which a Llama of these weights does not
+        return output
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path) -> Path:
+    """A model that only its authors' code makes."""
+    arena = resources.files("language_self_play") / "arena" / "model"
+    folder = Path(shutil.copytree(str(arena), tmp_path / "mine"))
+    (folder / "mine.py").write_text(OWN_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "mine",
+        "architectures": ["MyModel"],
+        "auto_map": {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_of_its_authors_code_resumes_bit_for_bit_and_goes_on_as_one(
+    lora, own_code, tmp_path, monkeypatch
+):
+    import transformers.dynamic_module_utils as dynamic
+
+    # Where transformers keeps the code that it runs, or else it lies in the user's cache.
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    policy = {"path": str(own_code), "trust_remote_code": True}
+    settings = {"policy": policy | ({"lora": {"rank": 4}} if lora else {})}
+    whole = self_play(small("arena-zero", **settings), tmp_path / "whole")
+    part = self_play(small("arena-zero", **settings), tmp_path / "part")
+    shutil.rmtree(part.checkpoints_folder / "step-000004")  # as if killed while it was written
+    resumed = self_play(part.resumed_config({}), part.folder, resume=True)
+    assert_same_run(whole, resumed)
+    # Its code is what played: from the same weights a plain Llama draws at half the temperature.
+    plain = self_play(small("arena-zero", steps=1), tmp_path / "plain")
+    entropy = [next(run.metrics())["entropy/challenger"] for run in (whole, plain)]
+    assert entropy[0] > entropy[1] + 0.1
+    # What it saved is whole: the next stage begins with it.
+    next_stage = {"policy": policy | {"path": str(resumed.model_folder)}, "steps": 1}
+    config = small("arena-zero", **next_stage)
+    (own_code / "mine.py").unlink()
+    run = self_play(config, tmp_path / "next")
+    assert next(run.metrics())["kl/solver"] == pytest.approx(0.0, abs=1e-6)
+    untrusted = small(steps=1, policy={"path": str(resumed.model_folder)})
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        self_play(untrusted, tmp_path / "untrusted")
 
 
 VARIANTS = {
