@@ -223,7 +223,9 @@ def test_a_lock_of_another_machine_is_refused_with_the_way_out(tmp_path):
         f" from {HERE}; if it has ended, add --take-over"
     )
     assert json.loads((tmp_path / "run.lock").read_text())["pid"] == 4321
-    with pytest.warns(UserWarning, match="process 4321 on gpu-17 held this run and is taken over"):
+    with pytest.warns(
+        UserWarning, match="process 4321 on gpu-17 held this run and has ended, as --take-over says"
+    ):
         take(tmp_path, take_over=True)
 
 

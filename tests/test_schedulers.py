@@ -102,7 +102,7 @@ def test_a_slurm_job_is_requeued_when_paused_and_goes_on_behind_a_dead_nodes_loc
     requeued = start(*arguments, env={**environment, "SLURM_RESTART_COUNT": "1"})
     output, _ = requeued.communicate(timeout=LONG_S)
     assert requeued.returncode == 0, output
-    assert "process 4321 on gpu-17 held this run and is taken over" in output
+    assert "process 4321 on gpu-17 held this run and has ended, as --take-over says" in output
     assert len(list(run.metrics())) == steps + 1
     assert not (run.folder / "run.lock").exists()
 
@@ -122,4 +122,4 @@ def test_a_pod_starts_a_run_and_the_next_goes_on_behind_a_dead_pods_lock(tmp_pat
         leave_locked(run.folder)
         config = run.config_file.read_text()
         run.config_file.write_text(config.replace("steps = 1\n", "steps = 2\n"))
-    assert "gpu-17 held this run and is taken over" in output
+    assert "gpu-17 held this run and has ended, as --take-over says" in output

@@ -97,7 +97,8 @@ class RunLock:
             ) from None
         os.register_at_fork(after_in_child=self._close)
         if holder is not None:
-            gone = "has gone without a word" if _same_machine(holder, me) else "is taken over from"
+            seen = _same_machine(holder, me)
+            gone = "has gone without a word" if seen else "has ended, as --take-over says"
             warnings.warn(
                 f"{self.file}: {holder} held this run and {gone}; going on in its place",
                 stacklevel=2,
