@@ -337,6 +337,7 @@ def test_a_terminal_without_greek_letters_still_gets_the_settings(encoding):
     [
         ("./nothere", "./nothere: no such folder"),
         ("runs/arena/model", "runs/arena/model: no such folder"),
+        ("runs/arena", "runs/arena: no such folder"),  # nor is there a folder runs/
         ("file", "file: is a file; a model is a folder with config.json and safetensors"),
         ("empty", "empty: the folder holds no config.json, so it is no model"),
         (

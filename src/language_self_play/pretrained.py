@@ -135,8 +135,9 @@ def resolve_model(path: str) -> str:
 def _refuse_mistyped(path: str) -> None:
     """Raises ModelError, with the nearest name, for what is meant as a folder and is none.
 
-    `./x` and `a/b/c` are no hub ids. `runs/x` could be one, but not where runs/ holds runs; nor is a bare
-    name meant as one that is almost that of a run, or of the built-in model.
+    `./x` and `a/b/c` are no hub ids, `runs/x` is where runs lie by default. `a/x` could be a hub id, but not
+    where a/ holds runs; nor is a bare name meant as one that is almost that of a run, or of the built-in
+    model.
     """
     folder = Path(path)
     try:
@@ -144,7 +145,7 @@ def _refuse_mistyped(path: str) -> None:
     except OSError:
         beside = []
     runs = [p for p in beside if RunFolder.holding(p) is not None]
-    is_path = path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1
+    is_path = path.startswith((".", "/", "~", "runs/")) or path.endswith("/") or path.count("/") > 1
     if is_path or folder.parent != Path():
         is_path, near = is_path or bool(runs), _nearest(folder, beside)
     else:
