@@ -115,30 +115,38 @@ class Judge(Reward):
         Raises RewardError for what the endpoint refuses: without access, or every pair. Raises
         ServiceError when it is away, or gives none a score; what came is in the cache.
         """
-        self.cost = Cost()
         prompts = [
             [judge_prompt(self.prompt, q, a, self.section.max_score) for a in group]
             for q, group in zip(queries, answers, strict=True)
         ]
+        scores, problem = self.scores([p for group in prompts for p in group])
+        if problem is not None:
+            if self.cost.unjudged == len(scores):
+                raise problem
+            self._warn(problem)
+        rows = filled([[scores[p] for p in group] for group in prompts])
+        return [[score / self.section.max_score for score in row] for row in rows]
+
+    def scores(self, prompts: list[str]) -> tuple[dict[str, float | None], Exception | None]:
+        """(each distinct prompt's score from 0 to max_score, why the first without one has none).
+
+        Raises what the endpoint's own failures raise; what came is in the cache.
+        """
+        self.cost = Cost()
         scores: dict[str, float | None] = {}
         missing: list[str] = []
-        for prompt in dict.fromkeys(p for group in prompts for p in group):
+        for prompt in dict.fromkeys(prompts):
             score = self.kept_score(prompt)
             if score is None:
                 missing.append(prompt)
             else:
                 scores[prompt] = score
-        self.cost.cached = sum(map(len, prompts)) - len(missing)
-        if missing:
-            asked, problem = run_in_thread(self._ask_all(missing))
-            scores |= zip(missing, asked, strict=True)
-            self.cost.unjudged = asked.count(None)
-            if problem is not None:
-                if self.cost.unjudged == len(scores):
-                    raise problem
-                self._warn(problem)
-        rows = filled([[scores[p] for p in group] for group in prompts])
-        return [[score / self.section.max_score for score in row] for row in rows]
+        self.cost.cached = len(prompts) - len(missing)
+        if not missing:
+            return scores, None
+        asked, problem = run_in_thread(self._ask_all(missing))
+        self.cost.unjudged = asked.count(None)
+        return scores | dict(zip(missing, asked, strict=True)), problem
 
     def _warn(self, problem: Exception) -> None:
         """Once: the count of later ones is among the metrics."""
