@@ -18,7 +18,7 @@ from language_self_play.errors import ConfigError, LspError
 # name -> (module, one line of help), in the order in which a newcomer meets them.
 COMMANDS = {
     "train": ("language_self_play.cli.train", "play the game and learn from it"),
-    "eval": ("language_self_play.cli.evaluate", "measure a model: accuracy"),
+    "eval": ("language_self_play.cli.evaluate", "measure a model: accuracy, win rate, AlpacaEval"),
     "play": ("language_self_play.cli.play", "watch a model play both roles, or play against it"),
     "push": ("language_self_play.cli.push", "upload a trained model to the Hugging Face hub"),
     "recipes": ("language_self_play.cli.recipes", "list, show and copy the shipped recipes"),

@@ -17,6 +17,14 @@ MEASURES = {
         "language_self_play.cli.eval_accuracy",
         "exact accuracy on the arena's held-out questions",
     ),
+    "win-rate": (
+        "language_self_play.cli.eval_win_rate",
+        "how often a model's answers are preferred to another's",
+    ),
+    "alpaca": (
+        "language_self_play.cli.eval_alpaca",
+        "AlpacaEval 2.0, of a model or of annotations that exist",
+    ),
 }
 
 

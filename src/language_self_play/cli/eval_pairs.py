@@ -1,0 +1,353 @@
+"""What `lsp eval win-rate` and `lsp eval alpaca` share: flags, two sides, a judge, a table of figures."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from language_self_play.cli import Parser
+from language_self_play.cli.evaluate import write_report
+from language_self_play.cli.overrides import split_overrides
+from language_self_play.errors import ConfigError, InputFileError
+
+if TYPE_CHECKING:
+    from language_self_play.evaluate.outputs import Annotation, Output
+
+OWN_COPY = "own-copy"
+FILE_SUFFIXES = (".json", ".jsonl", ".gz")
+DTYPES = ("auto", "float32", "bfloat16")
+
+JUDGES = """\
+judges (flags --judge.FIELD, the fields of a [reward.NAME] of the same kind; `lsp config reward`):
+  --judge.base_url URL --judge.model NAME        an OpenAI-compatible endpoint, asked in both orders
+  --judge.kind reward_model --judge.path MODEL   a reward model
+  --judge.kind local --judge.path MODEL          the built-in judge (fields of [self_reward])
+  --judge.kind python --judge.function MODULE:FUNCTION"""
+
+EXIT_CODES = """\
+exit codes: 0 done, 2 bad input, 75 the endpoint is away: the same command goes on where it stopped"""
+
+
+def add_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="folder of answers and annotations (by default named)",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write every figure")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="of answers; 0 is greedy (default)",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=1024, metavar="N", help="longest answer (default 1024)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="answers at once (default 64)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of answers at a temperature above 0")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the models that answer")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="make the answers, say what judging costs, don't judge",
+    )
+
+
+def parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """(the command's own options, the judge's settings). Raises ConfigError."""
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        parser.parse_args(["--help"])
+    own = {flag for action in parser._actions for flag in action.option_strings}
+    rest, table = split_overrides(arguments, own)
+    judge = table.pop("judge", {})
+    if table or not isinstance(judge, dict):
+        name = next(iter(table), "judge")
+        raise ConfigError(f"--{name}: no such flag (`{parser.prog} --help` shows how it is used)")
+    return parser.parse_args(rest), judge
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Raises ConfigError for a number that answers can't be drawn with."""
+    if not (math.isfinite(options.temperature) and options.temperature >= 0):
+        raise ConfigError(f"--temperature {options.temperature:g}: must be 0 (greedy) or more")
+    for name in ("max_tokens", "batch_size"):
+        if getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} {getattr(options, name)}: must be at least 1")
+    if not 0 <= options.seed < 2**31:
+        raise ConfigError(f"--seed {options.seed}: must be from 0 to 2147483647")
+
+
+def compare(
+    model: str,
+    baseline: str,
+    instructions: Sequence[Output],
+    options: argparse.Namespace,
+    judge_settings: dict[str, Any],
+    measure: str,
+    difficulties: Sequence[float] | None = None,
+) -> int:
+    """Answers of both sides, verdicts, files and figures. Whatever can be wrong is looked at first.
+
+    `options.out` then holds model_outputs.json, reference_outputs.json, annotations.json,
+    leaderboard.csv and report.json.
+    """
+    check_flags(options)
+    out = (
+        options.out or Path("evaluations") / f"{measure}-{_file_name(model)}-{_file_name(baseline)}"
+    )
+
+    from language_self_play.evaluate.outputs import Annotation, write_annotations, write_outputs
+    from language_self_play.evaluate.pair_judges import Pair, build_pair_judge
+
+    own_copy = baseline == OWN_COPY
+    sides = {"MODEL": _side(model, "MODEL", instructions)}
+    if not own_copy:
+        sides["baseline"] = _side(baseline, "baseline", instructions)
+    elif isinstance(sides["MODEL"], list):
+        raise ConfigError(
+            f"{OWN_COPY}: {model} is a file of answers; only a model can answer again"
+        )
+    judge = build_pair_judge(judge_settings, options.device)
+    try:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputFileError(f"--out {out}: can't be made ({error.strerror})") from None
+        ours = _outputs(sides["MODEL"], model, instructions, options, out, seed=options.seed)
+        if own_copy:
+            name = f"{ours[0].generator} (own copy)"
+            theirs = _outputs(sides["MODEL"], name, instructions, options, out, options.seed + 1)
+        else:
+            theirs = _outputs(sides["baseline"], baseline, instructions, options, out, options.seed)
+        _write(out, lambda: write_outputs(out / "model_outputs.json", ours))
+        _write(out, lambda: write_outputs(out / "reference_outputs.json", theirs))
+        pairs = [Pair(m.instruction, b.output, m.output) for m, b in zip(ours, theirs, strict=True)]
+        # Equal answers tie whatever a judge says; of one's own copy what it says is the question.
+        asked = [p for p in pairs if own_copy or p.baseline != p.model]
+        print(judge.plan(asked))
+        if len(asked) < len(pairs):
+            print(f"{len(pairs) - len(asked)} more pairs are of equal answers, which tie unasked")
+        if options.dry_run:
+            print(f"Nothing was judged. The answers are in {out}.")
+            return 0
+        verdicts = iter(judge(asked, _progress("judged")))
+        annotations = []
+        for pair, m, b in zip(pairs, ours, theirs, strict=True):
+            tie = not own_copy and pair.baseline == pair.model
+            verdict = None if tie else next(verdicts)
+            both = (1.5, 1.5) if verdict is None else tuple(verdict)
+            annotations.append(
+                Annotation(
+                    instruction=m.instruction,
+                    output_1=b.output,
+                    generator_1=b.generator,
+                    output_2=m.output,
+                    generator_2=m.generator,
+                    preference=sum(both) / 2,
+                    annotator=judge.name,
+                    dataset=m.dataset,
+                    baseline_first=both[0] if judge.sees_order else None,
+                    model_first=both[1] if judge.sees_order else None,
+                )
+            )
+        spent = getattr(judge, "spent", {})
+    finally:
+        judge.close()
+    _write(out, lambda: write_annotations(out / "annotations.json", annotations))
+    show(annotations, options.json, difficulties, out=out, costs=spent)
+    return 0
+
+
+def show(
+    annotations: Sequence[Annotation],
+    json_file: Path | None,
+    difficulties: Sequence[float] | None = None,
+    unjudged: int = 0,
+    out: Path | None = None,
+    costs: dict[str, float] | None = None,
+) -> None:
+    """Print the figures, and write them where they are wanted."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from language_self_play.evaluate.outputs import write_leaderboard
+    from language_self_play.evaluate.pair_report import leaderboard_row, pair_report
+
+    report = pair_report(annotations, difficulties, unjudged)
+    if costs:
+        report["costs"] = costs
+    if out is not None:
+        _write(
+            out,
+            lambda: write_leaderboard(
+                out / "leaderboard.csv", report["model"], leaderboard_row(report)
+            ),
+        )
+        write_report(out / "report.json", report)
+    if json_file is not None:
+        write_report(json_file, report)
+    title = f"{report['model']} against {report['baseline']}, judged by {report['annotator']}"
+    table = Table(title=Text(title))
+    for column in ("subset", "pairs", "win rate", "wins", "ties", "losses"):
+        table.add_column(column, justify="left" if column == "subset" else "right")
+    rows = [*report["subsets"].items(), ("all", report)]
+    for name, part in rows:
+        error = part["standard_error"]
+        rate = f"{part['win_rate']:.2f}" + ("" if error is None else f" ± {error:.2f}")
+        counts = (part[c] for c in ("n_total", "n_wins", "n_draws", "n_wins_base"))
+        total, *rest = map(str, counts)
+        table.add_row(Text(name), total, rate, *rest, style="bold" if name == "all" else None)
+    Console().print(table)
+    for line in _sentences(report):
+        print(line)
+    if out is not None:
+        print(f"Answers, annotations and figures are in {out}.")
+
+
+def _sentences(report: dict[str, Any]) -> list[str]:
+    """What the table can't say: intervals, length, order, and reasons to doubt."""
+    low, high = report["win_rate_ci95"]
+    by = report["length_control"]["difficulties"]
+    lines = [
+        f"Win rate {report['win_rate']:.2f} % with a standard error as in the table; 95 % interval"
+        f" {low:.2f} to {high:.2f} (bootstrap over instructions). Ties as losses:"
+        f" {report['strict_win_rate']:.2f} %.",
+        f"Length-controlled win rate {report['length_controlled_win_rate']:.2f} % (difficulty by"
+        f" {'the table' if by == 'table' else 'the ' + by}); answers have"
+        f" {report['avg_length']:.0f} characters, the baseline's {report['avg_length_baseline']:.0f}.",
+    ]
+    if bias := report.get("position_bias"):
+        lines.append(
+            f"Order: the answer shown first is preferred {100 * bias['first']:.1f} % of the time (50 is"
+            f" no bias); {100 * bias['flipped']:.1f} % of pairs name another winner in the other order,"
+            f" {100 * bias['tied']:.1f} % of judgements are ties."
+        )
+    if report["n_unjudged"]:
+        lines.append(f"{report['n_unjudged']} rows have no preference and are left out.")
+    for side, key in (("model", "repeated_answer"), ("baseline", "repeated_answer_baseline")):
+        said = report[key]
+        if said["suspect"]:
+            lines.append(
+                f"WARNING: the {side} gives one and the same answer to {said['count']} of"
+                f" {report['n_total']} instructions: {said['answer'][:60]!r}. That is no win, whatever"
+                " the judge says."
+            )
+    if costs := report.get("costs"):
+        lines.append(
+            f"The judge took {costs['requests']:.0f} requests ({costs['retries']:.0f} repeats),"
+            f" {costs['input_tokens']:,.0f} tokens read and {costs['output_tokens']:,.0f} written,"
+            f" {costs['usd']:.4f} USD at the prices given."
+        )
+    return lines
+
+
+# ---------------------------------------------------------------- the two sides
+
+
+def _side(name: str, setting: str, instructions: Sequence[Output]) -> Any:
+    """Answers from a file that belong to `instructions`; or what to load, and its system prompt."""
+    path = Path(name)
+    if path.is_file() or (name.endswith(FILE_SUFFIXES) and not path.is_dir()):
+        from language_self_play.evaluate.outputs import read_outputs
+
+        return _in_order(path, read_outputs(path, setting), instructions)
+
+    from language_self_play.evaluate.subject import subject
+    from language_self_play.pretrained import resolve_model
+
+    section, system_prompt = subject(name, setting)
+    resolve_model(section.path)  # what is no model, is told before the other side answers
+    return section, system_prompt
+
+
+def _in_order(
+    path: Path, outputs: Sequence[Output], instructions: Sequence[Output]
+) -> list[Output]:
+    """The file's answers in the order of the instructions. Raises InputFileError unless they match."""
+    by_text = {output.instruction: output for output in outputs}
+    missing = [i.instruction for i in instructions if i.instruction not in by_text]
+    wanted = {i.instruction for i in instructions}
+    extra = [text for text in by_text if text not in wanted]
+    for what, texts in (("no answer to", missing), ("answers beside", extra)):
+        if texts:
+            raise InputFileError(
+                f"{path}: has {what} the {len(instructions)} instructions of this evaluation:"
+                f" {len(texts)} of them, such as {texts[0][:60]!r}; give both sides the same"
+                " instructions (and a file with just these, if fewer are meant)"
+            )
+    return [by_text[i.instruction]._replace(dataset=i.dataset) for i in instructions]
+
+
+def _outputs(
+    side: Any,
+    name: str,
+    instructions: Sequence[Output],
+    options: argparse.Namespace,
+    out: Path,
+    seed: int,
+) -> list[Output]:
+    if isinstance(side, list):
+        return side
+
+    from language_self_play.evaluate.answers import Answering, answer
+    from language_self_play.evaluate.outputs import Output
+
+    section, system_prompt = side
+    how = Answering(
+        options.temperature,
+        options.max_tokens,
+        options.batch_size,
+        seed,
+        options.device,
+        options.dtype,
+    )
+    texts = answer(
+        section,
+        system_prompt,
+        [i.instruction for i in instructions],
+        how,
+        out,
+        _progress(f"{name}: answered"),
+    )
+    return [
+        Output(i.instruction, text, name, i.dataset)
+        for i, text in zip(instructions, texts, strict=True)
+    ]
+
+
+def _progress(what: str) -> Any:
+    """Tells how far something is, on standard error: one line that is written over on a terminal."""
+    live = sys.stderr.isatty()
+
+    def tell(done: int, of: int) -> None:
+        end = "\n" if not live or done >= of else ""
+        print(
+            f"{chr(13) if live else ''}{what} {done} of {of}", end=end, file=sys.stderr, flush=True
+        )
+
+    return tell
+
+
+def _write(out: Path, write: Any) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise InputFileError(f"--out {out}: can't be written ({error.strerror})") from None
+
+
+def _file_name(name: str) -> str:
+    stem = name.strip("./").removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+    return re.sub(r"[^\w.-]+", "-", stem) or "model"

@@ -1,0 +1,118 @@
+"""A model's answers to instructions, through the sampler; what is answered is kept as it comes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from language_self_play.config import Policy, Sampling
+from language_self_play.durable import append_text
+from language_self_play.errors import InputFileError
+from language_self_play.policy import load_chat_model
+from language_self_play.pretrained import choose_device, choose_dtype, resolve_model
+from language_self_play.sampling import Sampler
+from language_self_play.sampling.transformers import TransformersSampler
+
+# Files of a model's folder that decide on what it says.
+DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model")
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How answers are drawn. A temperature of 0 is greedy decoding."""
+
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    batch_size: int = 64
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+    @property
+    def sampling(self) -> Sampling:
+        # With one token to draw from, the temperature is of no account.
+        return Sampling(temperature=self.temperature) if self.temperature else Sampling(top_k=1)
+
+
+def answer(
+    section: Policy,
+    system_prompt: str | None,
+    instructions: Sequence[str],
+    how: Answering,
+    folder: Path,
+    tell: Callable[[int, int], None] = lambda done, of: None,
+) -> list[str]:
+    """The model's answer to each instruction. Its weights are loaded only if some are missing.
+
+    Batch by batch they are appended to answers-….jsonl in `folder`, where the next call with the same
+    model and settings finds them. An instruction that leaves no room in the context gets an empty
+    answer, and a warning. Raises ModelError, ConfigError or InputFileError.
+    """
+    file = folder / f"answers-{_identity(section, system_prompt, instructions, how)}.jsonl"
+    kept = _kept(file)
+    tell(len(kept), len(instructions))
+    if len(kept) < len(instructions):
+        device = choose_device(how.device)
+        chat, model = load_chat_model(section, device, choose_dtype(how.dtype, device))
+        sampler: Sampler = TransformersSampler(model, chat, how.seed, how.batch_size)
+        for start in range(len(kept), len(instructions), how.batch_size):
+            batch = instructions[start : start + how.batch_size]
+            sampler.sync(model, start)  # draws are functions of where the batch begins
+            new = _answers_of(sampler, batch, system_prompt, how)
+            try:
+                append_text(file, "".join(json.dumps(text) + "\n" for text in new))
+            except OSError as error:
+                raise InputFileError(f"{file}: can't be written ({error.strerror})") from None
+            kept += new
+            tell(len(kept), len(instructions))
+    return kept
+
+
+def _answers_of(
+    sampler: Sampler, instructions: Sequence[str], system_prompt: str | None, how: Answering
+) -> list[str]:
+    prompts = [sampler.chat.encode(text, system_prompt) for text in instructions]
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < sampler.context_length]
+    groups = sampler.sample(
+        [prompts[i] for i in fitting], 1, "solver", how.sampling, how.max_tokens
+    )
+    answers = [""] * len(prompts)
+    for i, group in zip(fitting, groups, strict=True):
+        answers[i] = group.completions[0].text
+    for i in sorted(set(range(len(prompts))) - set(fitting)):
+        warnings.warn(
+            f"the instruction {instructions[i][:60]!r} takes {len(prompts[i])} tokens, and the model's"
+            f" context has only {sampler.context_length}; it counts as answered by nothing",
+            stacklevel=2,
+        )
+    return answers
+
+
+def _kept(file: Path) -> list[str]:
+    """The answers that an earlier call has left; a line that was cut off is none."""
+    try:
+        lines = file.read_text("utf-8").split("\n")[:-1]
+        return [str(json.loads(line)) for line in lines]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"{file}: holds no answers any more ({error}); remove it") from None
+
+
+def _identity(
+    section: Policy, system_prompt: str | None, instructions: Sequence[str], how: Answering
+) -> str:
+    """A hash of all that decides on the answers; of a model in a folder also when it was written."""
+    folder = Path(resolve_model(section.path))
+    files: list[Any] = []
+    if folder.is_dir():
+        found = sorted(file for pattern in DECISIVE for file in folder.glob(pattern))
+        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in found]
+    model = section.model_dump(exclude={"lora"})
+    asked = [model, files, system_prompt, list(instructions), asdict(how)]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]

@@ -1,0 +1,92 @@
+"""What judged pairs come to: win rates, subsets, length control, and what should make one doubt them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from language_self_play.evaluate.length_control import length_controlled_win_rate
+from language_self_play.evaluate.outputs import Annotation
+from language_self_play.evaluate.win_rate import position_bias, win_rate, win_rate_interval
+
+# One answer to more than this share of the instructions is no answer to most of them.
+SUSPECT_SHARE = 0.1
+
+
+def pair_report(
+    annotations: Sequence[Annotation],
+    difficulties: Sequence[float] | None = None,
+    unjudged: int = 0,
+) -> dict[str, Any]:
+    """Every figure of at least one judged pair, under the names that docs/evaluation.md defines."""
+    first = annotations[0]
+    preferences = [a.preference for a in annotations]
+    baseline_lengths = [len(a.output_1) for a in annotations]
+    model_lengths = [len(a.output_2) for a in annotations]
+    rates = win_rate(preferences)
+    controlled = length_controlled_win_rate(
+        preferences, baseline_lengths, model_lengths, difficulties
+    )
+    report: dict[str, Any] = {
+        "model": first.generator_2,
+        "baseline": first.generator_1,
+        "annotator": first.annotator,
+        **_rates(preferences),
+        "win_rate_ci95": list(win_rate_interval(preferences)),
+        "discrete_win_rate": rates.discrete_win_rate,
+        "strict_win_rate": rates.strict_win_rate,
+        "length_controlled_win_rate": controlled.win_rate,
+        "length_control": {
+            **asdict(controlled),
+            "difficulties": "table" if difficulties else "length of the baseline's answer",
+        },
+        "n_unjudged": unjudged,
+        "avg_length": sum(model_lengths) / len(model_lengths),
+        "avg_length_baseline": sum(baseline_lengths) / len(baseline_lengths),
+        "repeated_answer": repeated_answer([a.output_2 for a in annotations]),
+        "repeated_answer_baseline": repeated_answer([a.output_1 for a in annotations]),
+    }
+    orders = [
+        (a.baseline_first, a.model_first)
+        for a in annotations
+        if a.baseline_first is not None and a.model_first is not None
+    ]
+    if len(orders) == len(annotations):
+        baseline_first, model_first = map(list, zip(*orders, strict=True))
+        # Of judgements: a pair whose winner is always the one shown first is won once.
+        report["strict_win_rate"] = win_rate(baseline_first + model_first).strict_win_rate
+        report["position_bias"] = asdict(position_bias(baseline_first, model_first))
+    subsets = dict.fromkeys(a.dataset for a in annotations if a.dataset is not None)
+    report["subsets"] = {
+        name: _rates([a.preference for a in annotations if a.dataset == name]) for name in subsets
+    }
+    return report
+
+
+def _rates(preferences: list[float]) -> dict[str, Any]:
+    return asdict(win_rate(preferences))
+
+
+def repeated_answer(answers: Sequence[str]) -> dict[str, Any]:
+    """The commonest answer, and how many instructions got it; white space does not tell answers apart.
+
+    It is `suspect` where more than one instruction, and more than SUSPECT_SHARE of them, got it.
+    """
+    [(answer, count)] = Counter(" ".join(a.split()) for a in answers).most_common(1)
+    share = count / len(answers)
+    suspect = count > 1 and share > SUSPECT_SHARE
+    return {"count": count, "share": share, "suspect": suspect, "answer": answer[:200]}
+
+
+def leaderboard_row(report: dict[str, Any]) -> dict[str, Any]:
+    """The report's figures under the columns of alpaca_eval's leaderboards."""
+    same = ("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total")
+    return {
+        **{name: report[name] for name in same},
+        "discrete_win_rate": report["discrete_win_rate"],
+        "mode": "community",
+        "avg_length": int(report["avg_length"]),
+        "length_controlled_winrate": report["length_controlled_win_rate"],
+    }
