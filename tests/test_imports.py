@@ -29,6 +29,9 @@ ROOMS = [
             "cli.train",
             "cli.evaluate",
             "cli.eval_accuracy",
+            "cli.eval_alpaca",
+            "cli.eval_pairs",
+            "cli.eval_win_rate",
             "cli.play",
             "cli.recipes",
             "cli.config",
@@ -42,7 +45,9 @@ ROOMS = [
     (
         "measuring and reporting",
         [
-            *["evaluate", "evaluate.accuracy", "evaluate.subject"],
+            *["evaluate", "evaluate.accuracy", "evaluate.subject", "evaluate.intervals"],
+            *["evaluate.win_rate", "evaluate.length_control", "evaluate.outputs"],
+            *["evaluate.pair_report", "evaluate.pair_judges", "evaluate.answers"],
             *["summary", "progress", "model_card", "publish"],
         ],
     ),
@@ -104,12 +109,21 @@ BESIDE = {
     "cli.train": {"cli", "cli.overrides"},
     "cli.evaluate": {"cli"},
     "cli.eval_accuracy": {"cli", "cli.evaluate"},
+    "cli.eval_alpaca": {"cli", "cli.eval_pairs", "cli.evaluate"},
+    "cli.eval_pairs": {"cli", "cli.evaluate", "cli.overrides"},
+    "cli.eval_win_rate": {"cli", "cli.eval_pairs", "cli.evaluate"},
     "cli.play": {"cli", "cli.overrides"},
     "cli.recipes": {"cli"},
     "cli.config": {"cli"},
     "cli.push": {"cli"},
     "evaluate.accuracy": {"evaluate"},
     "evaluate.subject": {"evaluate"},
+    "evaluate.outputs": {"evaluate", "evaluate.win_rate"},
+    "evaluate.pair_judges": {"evaluate", "evaluate.win_rate"},
+    "evaluate.pair_report": {
+        *["evaluate", "evaluate.length_control", "evaluate.outputs", "evaluate.win_rate"],
+    },
+    "evaluate.win_rate": {"evaluate", "evaluate.intervals"},
     "summary": {"progress"},
     "model_card": {"progress", "summary"},
     "publish": {"model_card"},
@@ -134,15 +148,25 @@ BESIDE = {
 # Nothing of ours but errors: these can be read, tested and reused alone.
 ALONE = ["advantages", "losses", "logprobs", "randomness", "types", "stopwatch", "arena.tasks"]
 ALONE += ["rewards.sandbox", "rewards.mathematics"]
+ALONE += ["evaluate.intervals", "evaluate.length_control"]
 
 # Third-party library -> the modules that may import it. Anything else is an error.
 LIBRARIES = {
+    "numpy": {"evaluate.intervals", "evaluate.length_control"},
     "pydantic": {"config", "settings"},
     "math_verify": {"rewards.mathematics"},
     "tomli_w": {"config"},
-    "rich": {"cli.train", "cli.eval_accuracy", "cli.play", "plan", "progress", "summary"},
+    "rich": {
+        "cli.train",
+        "cli.eval_accuracy",
+        "cli.eval_pairs",
+        "cli.play",
+        "plan",
+        "progress",
+        "summary",
+    },
     "safetensors": {"checkpoint", "policy"},
-    "huggingface_hub": {"publish"},
+    "huggingface_hub": {"publish", "evaluate.outputs"},
     "peft": {"policy"},
     "tokenizers": {"arena.tiny_model"},
     "transformers": {
@@ -198,6 +222,8 @@ LIBRARIES = {
 # Modules that must come without torch and transformers, with everything that they import.
 LIGHT = [
     *["cli", "cli.evaluate", "cli.eval_accuracy"],
+    *["cli.eval_alpaca", "cli.eval_pairs", "cli.eval_win_rate"],
+    *["evaluate.win_rate", "evaluate.length_control", "evaluate.outputs", "evaluate.pair_report"],
     *["cli.train", "cli.play", "cli.recipes", "cli.config", "cli.overrides"],
     *["config", "errors", "types", "prompts", "run_folder", "progress", "summary", "stopwatch"],
     *[

@@ -138,7 +138,7 @@ def compare(
         asked = [p for p in pairs if own_copy or p.baseline != p.model]
         print(judge.plan(asked))
         if len(asked) < len(pairs):
-            print(f"{len(pairs) - len(asked)} more pairs are of equal answers, which tie unasked")
+            print(f"{len(pairs) - len(asked)} more with equal answers tie unasked")
         if options.dry_run:
             print(f"Nothing was judged. The answers are in {out}.")
             return 0
@@ -246,10 +246,10 @@ def _sentences(report: dict[str, Any]) -> list[str]:
                 " the judge says."
             )
     if costs := report.get("costs"):
+        usd = f", {costs['usd']:.4f} USD at the prices given" if costs["usd"] else ""
         lines.append(
             f"The judge took {costs['requests']:.0f} requests ({costs['retries']:.0f} repeats),"
-            f" {costs['input_tokens']:,.0f} tokens read and {costs['output_tokens']:,.0f} written,"
-            f" {costs['usd']:.4f} USD at the prices given."
+            f" {costs['input_tokens']:,.0f} tokens read and {costs['output_tokens']:,.0f} written{usd}."
         )
     return lines
 

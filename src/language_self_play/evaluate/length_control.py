@@ -45,12 +45,8 @@ def length_controlled_win_rate(
     Published figures come from the same terms, and an L1 penalty chosen by cross-validation over these
     rows and those of two baselines that were told to be brief and to be verbose.
     """
-    given = [
-        preferences,
-        baseline_lengths,
-        model_lengths,
-        *([difficulties] if difficulties else []),
-    ]
+    given = [preferences, baseline_lengths, model_lengths]
+    given += [difficulties] if difficulties is not None else []
     if not preferences or len({len(values) for values in given}) > 1:
         raise ValueError(f"lists of {', '.join(str(len(v)) for v in given)} values are no pairs")
     wins_N = np.asarray(preferences, dtype=np.float64) - 1
@@ -58,7 +54,7 @@ def length_controlled_win_rate(
     longer_N = baseline_N - np.asarray(model_lengths, dtype=np.float64)
     spread = longer_N.std(ddof=1) if len(longer_N) > 1 else 0.0
     length_N = np.tanh(longer_N / spread) if spread > 0 else np.zeros_like(longer_N)
-    difficulty_N = np.asarray(difficulties) if difficulties else np.log1p(baseline_N)
+    difficulty_N = np.log1p(baseline_N) if difficulties is None else np.asarray(difficulties)
     difficulty_N = _standardised(difficulty_N)
     terms_NK = np.stack([np.ones_like(wins_N), length_N, difficulty_N], axis=1)
     weights_K = _logistic_fit(terms_NK, wins_N)

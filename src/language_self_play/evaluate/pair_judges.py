@@ -12,16 +12,22 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from language_self_play.chat import load_chat
 from language_self_play.config import Config, JudgeReward, SelfReward
 from language_self_play.errors import ConfigError, LspError, ServiceError
 from language_self_play.evaluate.win_rate import BASELINE_WINS, MODEL_WINS, TIE
 from language_self_play.policy import load_chat_model
-from language_self_play.pretrained import choose_device, choose_dtype
+from language_self_play.pretrained import (
+    choose_device,
+    choose_dtype,
+    context_length,
+    load_model_config,
+)
 from language_self_play.prompts import fill
 from language_self_play.recipe_files import read_text
 from language_self_play.rewards import RewardSum, build_reward
 from language_self_play.rewards import judge as endpoint
-from language_self_play.rewards.self_reward import QualityJudge
+from language_self_play.rewards.self_reward import JudgeQuestions, QualityJudge
 from language_self_play.sampling.transformers import TransformersSampler
 
 # The endpoint's scores: the first answer is better, neither is, the second is.
@@ -143,7 +149,8 @@ class EndpointJudge:
             tell(start, len(prompts))
             part = prompts[start : start + at_once]
             try:
-                scores |= self.judge.scores([prompt for both in part for prompt in both])
+                with named_as_flags():
+                    scores |= self.judge.scores([prompt for both in part for prompt in both])
             except ServiceError as error:
                 raise ServiceError(
                     f"{error}. The verdicts that came are kept: the same command goes on from them"
@@ -277,7 +284,9 @@ def _local_judge(settings: dict[str, Any], device: str) -> ScoringJudge:
     }
     with named_as_flags():
         config = Config.from_table(table)
-    section: SelfReward = config.self_reward
+        section: SelfReward = config.self_reward
+        context = context_length(load_model_config(path))
+        JudgeQuestions(section, load_chat(config.policy), context)  # what is wrong shows here
     judge: QualityJudge | None = None
 
     def score(pairs: Sequence[Pair]) -> list[tuple[float, float]]:

@@ -40,7 +40,9 @@ def pair_report(
         "length_controlled_win_rate": controlled.win_rate,
         "length_control": {
             **asdict(controlled),
-            "difficulties": "table" if difficulties else "length of the baseline's answer",
+            "difficulties": "table"
+            if difficulties is not None
+            else "length of the baseline's answer",
         },
         "n_unjudged": unjudged,
         "avg_length": sum(model_lengths) / len(model_lengths),

@@ -1,0 +1,456 @@
+"""`lsp eval win-rate` and `lsp eval alpaca` as they are typed: figures, files, resuming, mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import test_judge
+from language_self_play.cli import main
+from test_judge import Endpoint, says, scored, status
+
+pytest.importorskip("openai")
+
+endpoint = test_judge.endpoint
+_surroundings = test_judge._surroundings
+
+PUBLISHED = ("FuseChat-Llama-3.2-1B-Instruct", "OpenHermes-2.5-Mistral-7B", "alpaca-7b_verbose")
+QUERIES = ["27+48", "12+5", "9+9", "3+4", "50+50"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    rows = [{"instruction": q, "dataset": "ab"[i % 2]} for i, q in enumerate(QUERIES)]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows))
+    return "prompts.json"
+
+
+@pytest.fixture
+def judge(endpoint: Endpoint, tmp_path):
+    """Flags of an endpoint that is shown nothing but the texts."""
+    (tmp_path / "pair.txt").write_text("{query}|{first}|{second}")
+    named = ["--judge.base_url", endpoint.url, "--judge.model", "grader"]
+    return [*named, "--judge.prompt", "pair.txt", "--judge.retries", "0"]
+
+
+def answers(file, texts, queries=QUERIES, **columns):
+    rows = [
+        {"instruction": q, "output": text, **columns}
+        for q, text in zip(queries, texts, strict=True)
+    ]
+    file.write_text(json.dumps(rows))
+    return str(file.name)
+
+
+def report(folder="out"):
+    with open(f"{folder}/report.json", encoding="utf-8") as stream:
+        return json.load(stream)
+
+
+def refusal(capsys, *arguments):
+    assert main(["eval", *arguments]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    return line.removeprefix("lsp: ")
+
+
+# ---------------------------------------------------------------- published annotations
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_annotations_come_to_the_leaderboards_figures(name, test_data, tmp_path, capsys):
+    folder = test_data / "data" / "alpaca_eval"
+    file = folder / f"annotations-{name}.json.gz"
+    assert main(["eval", "alpaca", "--annotations", str(file), "--json", "figures.json"]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    with (folder / "leaderboard.csv").open() as stream:
+        [row] = [row for row in csv.DictReader(stream) if row[""] == name]
+    for key in ("win_rate", "standard_error", "discrete_win_rate"):
+        assert figures[key] == pytest.approx(float(row[key]), abs=5e-7), key
+    for key in ("n_wins", "n_wins_base", "n_draws", "n_total"):
+        assert figures[key] == int(row[key]), key
+    # The published estimate has a table of difficulties and rows of two more models beside these.
+    published = float(row["length_controlled_winrate"])
+    assert figures["length_controlled_win_rate"] == pytest.approx(published, abs=1)
+    sizes = {"selfinstruct": 252, "oasst": 188, "koala": 156, "helpful_base": 129, "vicuna": 80}
+    parts = figures["subsets"]
+    assert set(parts) == set(sizes)
+    if figures["n_total"] == 805:
+        assert {part: parts[part]["n_total"] for part in parts} == sizes
+    whole = sum(part["win_rate"] * part["n_total"] for part in parts.values())
+    assert whole / figures["n_total"] == pytest.approx(figures["win_rate"])
+    assert figures["win_rate_ci95"][0] < figures["win_rate"] < figures["win_rate_ci95"][1]
+    assert not figures["repeated_answer"]["suspect"]
+    out = capsys.readouterr().out
+    assert "WARNING" not in out
+    assert all(part in out for part in sizes)
+
+
+def test_subsets_and_the_unjudged_come_from_the_instructions(test_data, capsys):
+    folder = test_data / "data" / "alpaca_eval"
+    file = str(folder / "annotations-alpaca-7b_verbose.json.gz")
+    instructions = ["--instructions", str(folder / "instructions.json")]
+    assert main(["eval", "alpaca", "--annotations", file, *instructions]) == 0
+    assert "3 of the 805 instructions were not judged" in capsys.readouterr().out
+
+
+def test_difficulties_by_number_count_in_the_file_of_instructions(test_data, tmp_path, capsys):
+    folder = test_data / "data" / "alpaca_eval"
+    file = ["--annotations", str(folder / "annotations-alpaca-7b_verbose.json.gz")]
+    known = [row["instruction"] for row in json.loads((folder / "instructions.json").read_text())]
+    hard = [len(text) ** 0.5 for text in known]
+    rows = "".join(f"{i},{value}\n" for i, value in enumerate(hard))
+    (tmp_path / "d.csv").write_text("index,instruction_difficulty\n" + rows)
+    (tmp_path / "d.json").write_text(json.dumps(dict(zip(known, hard, strict=True))))
+    by_number = ["--instruction-difficulty", "d.csv"]
+    assert "has no difficulty for 802" in refusal(capsys, "alpaca", *file, *by_number)
+    instructions = ["--instructions", str(folder / "instructions.json")]
+    by_text = ["--instruction-difficulty", "d.json"]
+    found = []
+    for table in ([*by_number, *instructions], by_text, []):
+        assert main(["eval", "alpaca", *file, *table, "--json", "figures.json"]) == 0
+        figures = json.loads((tmp_path / "figures.json").read_text())
+        used = figures["length_control"]["difficulties"]
+        found.append((used, figures["length_controlled_win_rate"]))
+    assert found[0] == found[1]
+    assert found[0][0] == "table"
+    assert found[2][0] == "length of the baseline's answer"
+    assert abs(found[0][1] - found[2][1]) > 0.5
+
+
+def test_one_answer_to_everything_is_told_whatever_the_judge_says(tmp_path, capsys):
+    rows = [
+        {
+            "instruction": f"q{i}",
+            "output_1": f"a{i}",
+            "generator_1": "base",
+            "output_2": "I win.",
+            "generator_2": "NullModel",
+            "preference": 2.0,
+        }
+        for i in range(20)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert main(["eval", "alpaca", "--annotations", "a.json"]) == 0
+    out = capsys.readouterr().out
+    assert "WARNING: the model gives one and the same answer to 20 of 20 instructions" in out
+    assert "the baseline gives" not in out
+
+
+# ---------------------------------------------------------------- answers that are there
+
+
+def test_files_of_answers_are_judged_in_both_orders_and_written_for_alpaca_eval(
+    prompts, judge, endpoint, tmp_path, capsys
+):
+    def reply(handler):
+        _, first, second = handler.prompt.split("|")
+        scored(0 if first == "good" else 2 if second == "good" else 1)(handler)
+
+    endpoint.default = reply
+    mine = answers(tmp_path / "mine.json", ["good", "bad", "x", "same", "y"], generator="mine")
+    theirs = answers(tmp_path / "theirs.json", ["bad", "good", "z", "same", "w"])
+    command = ["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge, "--out", "out"]
+    assert main([*command, "--json", "figures.json"]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures == report()
+    # won, lost, tied, equal, tied: (1 + 0 + .5 + .5 + .5) / 5
+    assert figures["win_rate"] == pytest.approx(50.0)
+    assert (figures["n_wins"], figures["n_wins_base"], figures["n_draws"]) == (1, 1, 3)
+    assert figures["strict_win_rate"] == pytest.approx(20.0)
+    assert (figures["model"], figures["baseline"]) == ("mine", "theirs")
+    assert figures["annotator"] == "grader"
+    bias = figures["position_bias"]
+    assert (bias["first"], bias["flipped"], bias["tied"]) == (0.5, 0.0, 0.6)
+    assert {k: v["n_total"] for k, v in figures["subsets"].items()} == {"a": 3, "b": 2}
+    # The equal answers were not asked about: 4 pairs in 2 orders.
+    assert len(endpoint.requests) == figures["costs"]["requests"] == 8
+    out = capsys.readouterr().out
+    assert "4 pairs in both orders: 8 requests to grader" in out
+    assert "1 more with equal answers tie unasked" in out
+    assert out.index("8 requests") < out.index("Win rate")
+    annotations = json.loads((tmp_path / "out" / "annotations.json").read_text())
+    assert annotations[0] == {
+        "instruction": "27+48",
+        "output_1": "bad",
+        "generator_1": "theirs",
+        "output_2": "good",
+        "generator_2": "mine",
+        "preference": 2.0,
+        "annotator": "grader",
+        "dataset": "a",
+        "baseline_first": 2.0,
+        "model_first": 2.0,
+    }
+    with (tmp_path / "out" / "leaderboard.csv").open() as stream:
+        [row] = csv.DictReader(stream)
+    assert (row[""], row["win_rate"], row["n_total"]) == ("mine", "50.0", "5")
+    # What was written is scored to the same figures.
+    again = ["eval", "alpaca", "--annotations", "out/annotations.json", "--json", "again.json"]
+    assert main(again) == 0
+    assert json.loads((tmp_path / "again.json").read_text())["win_rate"] == figures["win_rate"]
+
+
+def test_a_judge_of_the_first_answer_is_a_draw_with_its_bias_reported(
+    prompts, judge, endpoint, tmp_path, capsys
+):
+    endpoint.default = scored(0)
+    mine = answers(tmp_path / "mine.json", list("abcde"))
+    theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
+    assert main(["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge]) == 0
+    figures = report("evaluations/win-rate-mine-theirs")
+    assert figures["win_rate"] == 50.0
+    assert figures["n_draws"] == 5
+    assert figures["strict_win_rate"] == 50.0  # of ten judgements five are for the model
+    assert figures["position_bias"]["first"] == 1.0
+    assert figures["position_bias"]["flipped"] == 1.0
+    assert "the answer shown first is preferred 100.0 %" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_judging_costs_and_asks_nothing(
+    prompts, judge, endpoint, tmp_path, capsys
+):
+    mine = answers(tmp_path / "mine.json", list("abcde"))
+    theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
+    command = ["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge, "--dry-run"]
+    prices = ["--judge.usd_per_million_input_tokens", "1.0"]
+    assert main([*command, *prices]) == 0
+    assert "10 requests to grader" in (out := capsys.readouterr().out)
+    assert "0.00 to 0.00 USD" in out
+    assert endpoint.requests == []
+
+
+def test_what_an_endpoint_judged_before_it_went_away_is_not_paid_for_twice(
+    prompts, judge, endpoint, tmp_path, capsys
+):
+    endpoint.script = [scored(1)] * 4
+    endpoint.default = status(503, "gone fishing")
+    mine = answers(tmp_path / "mine.json", list("abcde"))
+    theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
+    command = ["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge, "--out", "out"]
+    command += ["--judge.concurrency", "1"]
+    assert main(command) == 75
+    assert "gone fishing" in (said := capsys.readouterr().err)
+    assert "the same command goes on from them" in said
+    endpoint.default = scored(1)
+    asked = len(endpoint.requests)
+    assert main(command) == 0
+    assert len(endpoint.requests) - asked == 6
+    assert "6 requests to grader (4 more are in the cache)" in capsys.readouterr().out
+    assert sorted(set(endpoint.prompts[:4] + endpoint.prompts[asked:])) == sorted(
+        f"{q}|{one}|{two}"
+        for q, a, b in zip(QUERIES, "abcde", "vwxyz", strict=True)
+        for one, two in ((a, b), (b, a))
+    )
+
+
+def test_prose_in_place_of_a_verdict_is_quoted(prompts, judge, endpoint, tmp_path, capsys):
+    endpoint.default = says("Both are fine.")
+    mine = answers(tmp_path / "mine.json", list("abcde"))
+    theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
+    assert main(["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge]) == 75
+    said = capsys.readouterr().err
+    assert "brought no score from 0 to 2: 'Both are fine.'" in said
+    assert "lsp: --judge: grader at " in said
+
+
+# ---------------------------------------------------------------- models that answer
+
+
+def test_a_model_answers_once_and_later_commands_find_its_answers(
+    prompts, judge, endpoint, tmp_path, capsys, monkeypatch
+):
+    endpoint.default = scored(1)
+    theirs = answers(tmp_path / "theirs.json", ["57", "71", "no", "7", "001"])
+    command = ["eval", "win-rate", "arena", theirs, "--prompts", prompts, *judge, "--out", "out"]
+    command += ["--max-tokens", "8", "--device", "cpu"]
+    assert main([*command, "--batch-size", "2"]) == 0
+    written = json.loads((tmp_path / "out" / "model_outputs.json").read_text())
+    # Units first: 27+48 = 75, 12+5 = 17, 9+9 = 18, 3+4 = 7, 50+50 = 100; the arena's model knows.
+    assert [row["output"] for row in written] == ["57", "71", "81", "7", "001"]
+    assert [row["instruction"] for row in written] == QUERIES
+    assert {row["generator"] for row in written} == {"arena"}
+    assert "arena: answered 5 of 5" in capsys.readouterr().err
+    from language_self_play.evaluate import answers as answering
+
+    monkeypatch.setattr(answering, "load_chat_model", None)  # weights must not be loaded again
+    assert main([*command, "--batch-size", "2"]) == 0
+    assert report()["n_total"] == 5
+
+
+def test_answers_go_on_after_the_last_whole_batch(prompts, judge, endpoint, tmp_path):
+    endpoint.default = scored(1)
+    theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
+    command = ["eval", "win-rate", "arena", theirs, "--prompts", prompts, *judge, "--out", "out"]
+    command += ["--max-tokens", "8", "--temperature", "1", "--batch-size", "2", "--device", "cpu"]
+    assert main(command) == 0
+    whole = (tmp_path / "out" / "model_outputs.json").read_text()
+    [file] = (tmp_path / "out").glob("answers-*.jsonl")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2]) + lines[2][:-2])  # killed while the third was written
+    assert main(command) == 0
+    assert (tmp_path / "out" / "model_outputs.json").read_text() == whole
+    assert file.read_text() == "".join(lines)
+
+
+def test_other_settings_or_another_model_are_answered_anew(prompts, judge, endpoint, tmp_path):
+    endpoint.default = scored(1)
+    theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
+    command = ["eval", "win-rate", "arena", theirs, "--prompts", prompts, *judge, "--out", "out"]
+    command += ["--device", "cpu"]
+    for more in (["--max-tokens", "8"], ["--max-tokens", "1"], ["--max-tokens", "8"]):
+        assert main([*command, *more]) == 0
+    assert len(list((tmp_path / "out").glob("answers-*.jsonl"))) == 2
+    assert json.loads((tmp_path / "out" / "model_outputs.json").read_text())[0]["output"] == "57"
+
+
+def test_a_model_against_its_own_copy_is_below_50_when_ties_are_no_wins(
+    prompts, judge, endpoint, tmp_path, capsys
+):
+    # The judge ties all but two queries, where it takes the first answer.
+    def reply(handler):
+        first = handler.prompt.startswith(("27+48|", "9+9|"))
+        scored(0 if first else 1)(handler)
+
+    endpoint.default = reply
+    command = ["eval", "alpaca", "arena", "--baseline", "own-copy", "--instructions", prompts]
+    command += ["--max-tokens", "8", "--temperature", "0.01", "--device", "cpu", "--out", "out"]
+    assert main([*command, *judge]) == 0
+    figures = report()
+    assert figures["baseline"] == "arena (own copy)"
+    assert figures["win_rate"] == 50.0
+    # Equal answers are asked about here: the first wins 2 of 5, in one of the two orders each.
+    assert figures["strict_win_rate"] == pytest.approx(20.0)
+    assert figures["position_bias"]["tied"] == pytest.approx(0.6)
+    assert figures["position_bias"]["first"] == pytest.approx(0.7)  # (2 + 3/2) / 5
+    assert "Ties as losses: 20.00 %" in capsys.readouterr().out
+
+
+def test_a_query_that_the_context_does_not_hold_is_answered_by_nothing(
+    judge, endpoint, tmp_path, capsys
+):
+    endpoint.default = scored(1)
+    queries = ["27+48", "1+" * 3000]
+    (tmp_path / "p.json").write_text(json.dumps([{"instruction": q} for q in queries]))
+    theirs = answers(tmp_path / "theirs.json", ["57", "x"], queries)
+    command = ["eval", "win-rate", "arena", theirs, "--prompts", "p.json", *judge, "--out", "out"]
+    assert main([*command, "--max-tokens", "8", "--device", "cpu"]) == 0
+    assert "tokens, and the model's context has only 128; it counts as" in capsys.readouterr().err
+    written = json.loads((tmp_path / "out" / "model_outputs.json").read_text())
+    assert [row["output"] for row in written] == ["57", ""]
+
+
+def test_interrupted_while_it_is_judged_it_ends_at_once_and_keeps_what_came(
+    prompts, judge, endpoint, tmp_path
+):
+    def reply(handler):
+        if len(handler.server.requests) > 3:
+            test_judge.hang(handler)
+        scored(1)(handler)
+
+    endpoint.default = reply
+    mine = answers(tmp_path / "mine.json", list("abcde"))
+    theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
+    command = ["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge]
+    command += ["--judge.concurrency", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "language_self_play", *command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"JUDGE_KEY": test_judge.KEY},
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(endpoint.requests) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    asked = len(endpoint.requests)
+    endpoint.default = scored(1)
+    assert main(command) == 0
+    assert len(endpoint.requests) - asked == 7  # of ten, three were kept
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_answers_to_other_instructions_are_named(prompts, judge, tmp_path, capsys):
+    answers(tmp_path / "few.json", list("abcd"), QUERIES[:4])
+    answers(tmp_path / "more.json", list("abcdef"), [*QUERIES, "1+1"])
+    answers(tmp_path / "mine.json", list("abcde"))
+    for names in (["few.json", "mine.json"], ["mine.json", "few.json"]):
+        said = refusal(capsys, "win-rate", *names, "--prompts", prompts, *judge)
+        assert said.startswith("few.json: has no answer to the 5 instructions of this evaluation")
+        assert "1 of them, such as '50+50'" in said
+    said = refusal(capsys, "win-rate", "mine.json", "more.json", "--prompts", prompts, *judge)
+    assert said.startswith("more.json: has answers beside the 5 instructions")
+    assert "1 of them, such as '1+1'" in said
+
+
+MISTAKES = {
+    "win-rate": "the following arguments are required: MODEL, BASELINE, --prompts",
+    "win-rate a.json b.json": "the following arguments are required: --prompts",
+    "win-rate a.json b.json --prompts nothere.json": "--prompts nothere.json: no such file",
+    "win-rate a.json b.json --prompts empty.json": "--prompts empty.json: the file is empty",
+    "win-rate a.json b.json --prompts folder": "--prompts folder: is a folder; a file is needed",
+    "win-rate a.json nothere.json --prompts a.json": "baseline nothere.json: no such file",
+    "win-rate empty.json a.json --prompts a.json": "MODEL empty.json: the file is empty",
+    "win-rate ./nothere a.json --prompts a.json": "./nothere: no such folder",
+    "win-rate folder a.json --prompts a.json": "folder: the folder holds no config.json",
+    "win-rate a.json own-copy --prompts a.json": "own-copy: a.json is a file of answers; only",
+    "win-rate a.json a.json --prompts a.json": "--judge: no judge is named",
+    "win-rate a.json a.json --prompts a.json --temperature -1": "--temperature -1: must be 0",
+    "win-rate a.json a.json --prompts a.json --temperature nan": "--temperature nan: must be 0",
+    "win-rate a.json a.json --prompts a.json --max-tokens 0": "--max-tokens 0: must be at least 1",
+    "win-rate a.json a.json --prompts a.json --batch-size 0": "--batch-size 0: must be at least 1",
+    "win-rate a.json a.json --prompts a.json --seed -1": "--seed -1: must be from 0",
+    "win-rate a.json a.json --prompts a.json --dtype int8": "argument --dtype: invalid choice",
+    "win-rate a.json a.json --prompts a.json --solver.beta 1": "--solver: no such flag",
+    "win-rate a.json a.json --prompts a.json --judge x": "--judge: no such flag",
+    "win-rate a.json a.json --prompts a.json --promts x": "--promts: no such flag",
+    "win-rate a.json a.json --prompts a.json --json no/where.json": "--json no/where.json: there",
+    "win-rate a.json a.json --prompts a.json --judge.kind arena --out a.json": "--out a.json: can't",
+    "alpaca": "MODEL: name the model to measure, or a file of annotations by --annotations",
+    "alpaca --annotations nothere.json": "--annotations nothere.json: no such file",
+    "alpaca --annotations empty.json": "--annotations empty.json: the file is empty",
+    "alpaca --annotations folder": "--annotations folder: is a folder; a file is needed",
+    "alpaca --annotations a.json": "a.json, row 1: has no column 'output_1'",
+    "alpaca a.json --annotations a.json": "MODEL: is not used with --annotations",
+    "alpaca --baseline b --annotations a.json": "--baseline: is not used with --annotations",
+    "alpaca --out b --annotations a.json": "--out: is not used with --annotations",
+    "alpaca --judge.kind local --annotations a.json": "--judge: is not used with --annotations",
+    "alpaca a.json": "alpaca_eval_gpt4_baseline.json of tatsu-lab/alpaca_eval can't be had",
+    "alpaca a.json --baseline a.json --instruction-difficulty nothere.csv": "--instruction-difficulty nothere.csv: no such file",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_on_the_command_line_is_one_sentence(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    answers(tmp_path / "a.json", list("abcde"))
+    (tmp_path / "empty.json").write_text("")
+    (tmp_path / "folder").mkdir()
+    assert refusal(capsys, *line.split()).startswith(MISTAKES[line])
+
+
+@pytest.mark.parametrize("measure", ["win-rate", "alpaca"])
+def test_help_tells_judges_and_exit_codes(measure, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", measure, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    for word in ("--judge.base_url", "reward_model", "own-copy", "75 the endpoint is away"):
+        assert word in out
