@@ -222,9 +222,8 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     low, high = report["win_rate_ci95"]
     by = report["length_control"]["difficulties"]
     lines = [
-        f"Win rate {report['win_rate']:.2f} % with a standard error as in the table; 95 % interval"
-        f" {low:.2f} to {high:.2f} (bootstrap over instructions). Ties as losses:"
-        f" {report['strict_win_rate']:.2f} %.",
+        f"Win rate {report['win_rate']:.2f} %, 95 % interval {low:.2f} to {high:.2f} (bootstrap over"
+        f" instructions); with ties as losses {report['strict_win_rate']:.2f} %.",
         f"Length-controlled win rate {report['length_controlled_win_rate']:.2f} % (difficulty by"
         f" {'the table' if by == 'table' else 'the ' + by}); answers have"
         f" {report['avg_length']:.0f} characters, the baseline's {report['avg_length_baseline']:.0f}.",

@@ -60,22 +60,32 @@ def answer(
         device = choose_device(how.device)
         chat, model = load_chat_model(section, device, choose_dtype(how.dtype, device))
         sampler: Sampler = TransformersSampler(model, chat, how.seed, how.batch_size)
+        too_long: list[str] = []
         for start in range(len(kept), len(instructions), how.batch_size):
             batch = instructions[start : start + how.batch_size]
             sampler.sync(model, start)  # draws are functions of where the batch begins
-            new = _answers_of(sampler, batch, system_prompt, how)
+            new, without_room = _answers_of(sampler, batch, system_prompt, how)
+            too_long += without_room
             try:
                 append_text(file, "".join(json.dumps(text) + "\n" for text in new))
             except OSError as error:
                 raise InputFileError(f"{file}: can't be written ({error.strerror})") from None
             kept += new
             tell(len(kept), len(instructions))
+        if too_long:
+            warnings.warn(
+                f"{len(too_long)} of the {len(instructions)} instructions leave no room for an answer"
+                f" in {section.path}'s context of {sampler.context_length} tokens, such as"
+                f" {too_long[0][:60]!r}; they count as answered by nothing",
+                stacklevel=2,
+            )
     return kept
 
 
 def _answers_of(
     sampler: Sampler, instructions: Sequence[str], system_prompt: str | None, how: Answering
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
+    """(an answer to each instruction, the instructions that the context does not hold)."""
     prompts = [sampler.chat.encode(text, system_prompt) for text in instructions]
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < sampler.context_length]
     groups = sampler.sample(
@@ -84,13 +94,7 @@ def _answers_of(
     answers = [""] * len(prompts)
     for i, group in zip(fitting, groups, strict=True):
         answers[i] = group.completions[0].text
-    for i in sorted(set(range(len(prompts))) - set(fitting)):
-        warnings.warn(
-            f"the instruction {instructions[i][:60]!r} takes {len(prompts[i])} tokens, and the model's"
-            f" context has only {sampler.context_length}; it counts as answered by nothing",
-            stacklevel=2,
-        )
-    return answers
+    return answers, [instructions[i] for i in range(len(prompts)) if i not in set(fitting)]
 
 
 def _kept(file: Path) -> list[str]:
