@@ -119,7 +119,7 @@ BESIDE = {
     "evaluate.accuracy": {"evaluate"},
     "evaluate.subject": {"evaluate"},
     "evaluate.outputs": {"evaluate", "evaluate.win_rate"},
-    "evaluate.pair_judges": {"evaluate", "evaluate.win_rate"},
+    "evaluate.pair_judges": {"evaluate", "evaluate.outputs", "evaluate.win_rate"},
     "evaluate.pair_report": {
         *["evaluate", "evaluate.length_control", "evaluate.outputs", "evaluate.win_rate"],
     },

@@ -108,8 +108,8 @@ def compare(
         options.out or Path("evaluations") / f"{measure}-{_file_name(model)}-{_file_name(baseline)}"
     )
 
-    from language_self_play.evaluate.outputs import Annotation, write_annotations, write_outputs
-    from language_self_play.evaluate.pair_judges import Pair, build_pair_judge
+    from language_self_play.evaluate.outputs import write_annotations, write_outputs
+    from language_self_play.evaluate.pair_judges import annotate, build_pair_judge, pairs_to_ask
 
     own_copy = baseline == OWN_COPY
     sides = {"MODEL": _side(model, "MODEL", instructions)}
@@ -133,40 +133,23 @@ def compare(
             theirs = _outputs(sides["baseline"], baseline, instructions, options, out, options.seed)
         _write(out, lambda: write_outputs(out / "model_outputs.json", ours))
         _write(out, lambda: write_outputs(out / "reference_outputs.json", theirs))
-        pairs = [Pair(m.instruction, b.output, m.output) for m, b in zip(ours, theirs, strict=True)]
-        # Equal answers tie whatever a judge says; of one's own copy what it says is the question.
-        asked = [p for p in pairs if own_copy or p.baseline != p.model]
+        # Of one's own copy what the judge makes of equal answers is the question.
+        asked = pairs_to_ask(theirs, ours, ask_equal=own_copy)
         print(judge.plan(asked))
-        if len(asked) < len(pairs):
-            print(f"{len(pairs) - len(asked)} more with equal answers tie unasked")
+        if len(asked) < len(ours):
+            print(f"{len(ours) - len(asked)} more with equal answers tie unasked")
         if options.dry_run:
             print(f"Nothing was judged. The answers are in {out}.")
             return 0
-        verdicts = iter(judge(asked, _progress("judged")))
-        annotations = []
-        for pair, m, b in zip(pairs, ours, theirs, strict=True):
-            tie = not own_copy and pair.baseline == pair.model
-            verdict = None if tie else next(verdicts)
-            both = (1.5, 1.5) if verdict is None else tuple(verdict)
-            annotations.append(
-                Annotation(
-                    instruction=m.instruction,
-                    output_1=b.output,
-                    generator_1=b.generator,
-                    output_2=m.output,
-                    generator_2=m.generator,
-                    preference=sum(both) / 2,
-                    annotator=judge.name,
-                    dataset=m.dataset,
-                    baseline_first=both[0] if judge.sees_order else None,
-                    model_first=both[1] if judge.sees_order else None,
-                )
-            )
-        spent = getattr(judge, "spent", {})
+        annotations = annotate(judge, theirs, ours, _progress("judged"), ask_equal=own_copy)
     finally:
         judge.close()
     _write(out, lambda: write_annotations(out / "annotations.json", annotations))
-    show(annotations, options.json, difficulties, out=out, costs=spent)
+    unjudged = len(ours) - len(annotations)
+    if difficulties is not None:
+        of = dict(zip((o.instruction for o in ours), difficulties, strict=True))
+        difficulties = [of[a.instruction] for a in annotations]
+    show(annotations, options.json, difficulties, unjudged, out=out, costs=judge.spent)
     return 0
 
 
@@ -235,7 +218,7 @@ def _sentences(report: dict[str, Any]) -> list[str]:
             f" {100 * bias['tied']:.1f} % of judgements are ties."
         )
     if report["n_unjudged"]:
-        lines.append(f"{report['n_unjudged']} rows have no preference and are left out.")
+        lines.append(f"{report['n_unjudged']} pairs have no verdict and are left out.")
     for side, key in (("model", "repeated_answer"), ("baseline", "repeated_answer_baseline")):
         said = report[key]
         if said["suspect"]:

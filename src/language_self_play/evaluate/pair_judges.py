@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from language_self_play.chat import load_chat
 from language_self_play.config import Config, JudgeReward, SelfReward
 from language_self_play.errors import ConfigError, LspError, ServiceError
+from language_self_play.evaluate.outputs import Annotation, Output
 from language_self_play.evaluate.win_rate import BASELINE_WINS, MODEL_WINS, TIE
 from language_self_play.policy import load_chat_model
 from language_self_play.pretrained import (
@@ -92,12 +93,16 @@ class PairJudge(Protocol):
 
     name: str
     sees_order: bool
+    spent: dict[str, float]  # what judging has cost so far, by name
 
     def plan(self, pairs: Sequence[Pair]) -> str:
         """One sentence: what judging these pairs would take."""
 
-    def __call__(self, pairs: Sequence[Pair], tell: Tell) -> list[Verdict]:
-        """A verdict for each pair. Raises ServiceError if one can't be had; those that came are kept."""
+    def __call__(self, pairs: Sequence[Pair], tell: Tell) -> Sequence[Verdict | None]:
+        """A verdict for each pair, None for one on which there is none to be had while there are others.
+
+        Raises ServiceError if the judge is away; verdicts that came are kept.
+        """
 
     def close(self) -> None:
         """End what it started."""
@@ -140,11 +145,11 @@ class EndpointJudge:
             f" at most {written:,} to write, {cost}"
         )
 
-    def __call__(self, pairs: Sequence[Pair], tell: Tell) -> list[Verdict]:
+    def __call__(self, pairs: Sequence[Pair], tell: Tell) -> list[Verdict | None]:
         prompts = [self.prompts(pair) for pair in pairs]
         # In parts, so that progress can be told; each is many times what is in flight at once.
         at_once = 8 * self.judge.section.concurrency
-        scores: dict[str, float] = {}
+        scores: dict[str, float | None] = {}
         for start in range(0, len(prompts), at_once):
             tell(start, len(prompts))
             part = prompts[start : start + at_once]
@@ -159,13 +164,7 @@ class EndpointJudge:
                 for what, value in self.judge.costs().items():
                     self.spent[what] = self.spent.get(what, 0.0) + value
         tell(len(prompts), len(prompts))
-        return [
-            Verdict(
-                BASELINE_WINS + scores[baseline_first] / SECOND,
-                MODEL_WINS - scores[model_first] / SECOND,
-            )
-            for baseline_first, model_first in prompts
-        ]
+        return [_verdict(scores[first], scores[second]) for first, second in prompts]
 
     def close(self) -> None:
         self.judge.close()
@@ -183,8 +182,12 @@ class ScoringJudge:
         close: Callable[[], None] = lambda: None,
     ):
         self.name = name
-        self.score = score
-        self.close = close
+        self.spent: dict[str, float] = {}
+        self._score = score
+        self._close = close
+
+    def close(self) -> None:
+        self._close()
 
     def plan(self, pairs: Sequence[Pair]) -> str:
         answers = {(p.instruction, text) for p in pairs for text in (p.baseline, p.model)}
@@ -193,7 +196,7 @@ class ScoringJudge:
     def __call__(self, pairs: Sequence[Pair], tell: Tell) -> list[Verdict]:
         tell(0, len(pairs))
         verdicts = []
-        for baseline, model in self.score(pairs) if pairs else []:
+        for baseline, model in self._score(pairs) if pairs else []:
             preference = (
                 TIE if model == baseline else MODEL_WINS if model > baseline else BASELINE_WINS
             )
@@ -202,12 +205,65 @@ class ScoringJudge:
         return verdicts
 
 
+def _verdict(baseline_first: float | None, model_first: float | None) -> Verdict | None:
+    """The verdict of the endpoint's scores in both orders; a pair without one of them has none."""
+    if baseline_first is None or model_first is None:
+        return None
+    return Verdict(BASELINE_WINS + baseline_first / SECOND, MODEL_WINS - model_first / SECOND)
+
+
 def pair_prompt(template: str, query: str, first: str, second: str) -> str:
     """`template` about one pair. {boundary} is a hash of its texts, so none of them can contain it."""
     texts = [endpoint.encodable(text) for text in (query, first, second)]
     boundary = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
     query, first, second = texts
     return fill(template, query=query, first=first, second=second, boundary=boundary)
+
+
+# ---------------------------------------------------------------- judging
+
+
+def pairs_to_ask(
+    baseline: Sequence[Output], model: Sequence[Output], ask_equal: bool = False
+) -> list[Pair]:
+    """The pairs of two models' answers to the same instructions in the same order.
+
+    Equal answers tie whatever a judge says, and are left out unless `ask_equal`.
+    """
+    pairs = [Pair(m.instruction, b.output, m.output) for b, m in zip(baseline, model, strict=True)]
+    return [pair for pair in pairs if ask_equal or pair.baseline != pair.model]
+
+
+def annotate(
+    judge: PairJudge,
+    baseline: Sequence[Output],
+    model: Sequence[Output],
+    tell: Tell,
+    ask_equal: bool = False,
+) -> list[Annotation]:
+    """The judged pairs in order, without those on which the judge has no verdict to give."""
+    asked = pairs_to_ask(baseline, model, ask_equal)
+    verdicts = zip(asked, judge(asked, tell), strict=True)
+    verdict_of = {pair.instruction: verdict for pair, verdict in verdicts}
+    annotations = []
+    for b, m in zip(baseline, model, strict=True):
+        verdict = verdict_of.get(m.instruction, Verdict(TIE, TIE))
+        if verdict is not None:
+            annotations.append(
+                Annotation(
+                    instruction=m.instruction,
+                    output_1=b.output,
+                    generator_1=b.generator,
+                    output_2=m.output,
+                    generator_2=m.generator,
+                    preference=verdict.preference,
+                    annotator=judge.name,
+                    dataset=m.dataset,
+                    baseline_first=verdict.baseline_first if judge.sees_order else None,
+                    model_first=verdict.model_first if judge.sees_order else None,
+                )
+            )
+    return annotations
 
 
 # ---------------------------------------------------------------- settings
