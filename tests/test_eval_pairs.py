@@ -265,6 +265,28 @@ def test_prose_in_place_of_a_verdict_is_quoted(prompts, judge, endpoint, tmp_pat
     assert "lsp: --judge: grader at " in said
 
 
+@pytest.mark.filterwarnings("always::UserWarning")  # shown as the command shows them
+def test_a_pair_without_a_verdict_is_told_counted_and_left_out(
+    prompts, judge, endpoint, tmp_path, capsys
+):
+    def reply(handler):
+        prose = handler.prompt.startswith("9+9|")
+        (says("Hm.") if prose else scored(2))(handler)
+
+    endpoint.default = reply
+    mine = answers(tmp_path / "mine.json", list("abcde"))
+    theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
+    command = ["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge, "--out", "out"]
+    assert main(command) == 0
+    figures = report()
+    assert (figures["n_total"], figures["n_unjudged"]) == (4, 1)
+    said = capsys.readouterr()
+    assert "lsp: warning: --judge: grader at " in said.err
+    assert "1 pairs have no verdict and are left out." in said.out
+    written = json.loads((tmp_path / "out" / "annotations.json").read_text())
+    assert [row["instruction"] for row in written] == [q for q in QUERIES if q != "9+9"]
+
+
 # ---------------------------------------------------------------- models that answer
 
 

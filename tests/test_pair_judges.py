@@ -7,13 +7,16 @@ import re
 import pytest
 
 import test_judge
-from language_self_play.errors import ConfigError, InputFileError, ServiceError
+from language_self_play.errors import ConfigError, InputFileError, RewardError, ServiceError
+from language_self_play.evaluate.outputs import Output
 from language_self_play.evaluate.pair_judges import (
     DEFAULT_PROMPT,
     Pair,
     Verdict,
+    annotate,
     build_pair_judge,
     pair_prompt,
+    pairs_to_ask,
 )
 from test_judge import Endpoint, scored, status
 
@@ -104,24 +107,75 @@ def test_the_plan_counts_requests_tokens_and_dollars(build):
     assert "of unknown price" in build().plan([Pair("q", "a", "b")])
 
 
-def test_a_judge_that_answers_prose_is_named_and_what_was_paid_for_is_kept(build, endpoint):
+def prose_for(query):
     def reply(handler):
-        prose = handler.prompt.startswith("bad|")
-        test_judge.says("The first one is lovely.")(handler) if prose else scored(2)(handler)
+        prose = handler.prompt.startswith(f"{query}|")
+        (test_judge.says("The first one is lovely.") if prose else scored(2))(handler)
+
+    return reply
+
+
+def test_a_pair_that_gets_prose_has_no_verdict_and_is_asked_about_again(build, endpoint):
+    endpoint.default = prose_for("bad")
+    pairs = [Pair("good", "a", "b"), Pair("bad", "a", "b")]
+    with pytest.warns(UserWarning, match=r"^--judge: grader at .*'The first one is lovely\.'"):
+        verdicts = build(concurrency=1, retries=0)(pairs, QUIET)
+    assert verdicts == [Verdict(2.0, 1.0), None]
+    asked = len(endpoint.requests)
+    endpoint.default = scored(2)
+    assert build()(pairs, QUIET) == [Verdict(2.0, 1.0)] * 2
+    assert {p.split("|")[0] for p in endpoint.prompts[asked:]} == {"bad"}
+
+
+def test_a_pair_with_a_verdict_in_one_order_only_has_none(build, endpoint):
+    def reply(handler):
+        (scored(0) if handler.prompt == "q|a|b" else test_judge.says("Hm."))(handler)
 
     endpoint.default = reply
-    pairs = [Pair("good", "a", "b"), Pair("bad", "a", "b")]
+    with pytest.warns(UserWarning, match=r"'Hm\.'"):
+        assert build(retries=0)([Pair("q", "a", "b")], QUIET) == [None]
+
+
+def test_pairs_without_a_verdict_are_left_out_of_the_annotations_and_equal_ones_tie(
+    build, endpoint
+):
+    endpoint.default = prose_for("bad")
+    ours = [Output(q, text, "m") for q, text in (("good", "b"), ("bad", "b"), ("same", "a"))]
+    theirs = [Output(o.instruction, "a", "base") for o in ours]
+    assert pairs_to_ask(theirs, ours) == [Pair("good", "a", "b"), Pair("bad", "a", "b")]
+    assert len(pairs_to_ask(theirs, ours, ask_equal=True)) == 3
+    with pytest.warns(UserWarning, match="left out"):
+        found = annotate(build(retries=0), theirs, ours, QUIET)
+    assert [(a.instruction, a.preference) for a in found] == [("good", 1.5), ("same", 1.5)]
+    assert (found[0].baseline_first, found[0].model_first) == (2.0, 1.0)
+    assert (found[1].baseline_first, found[1].model_first) == (1.5, 1.5)
+
+
+def test_a_judge_that_answers_nothing_but_prose_is_named(build, endpoint):
+    endpoint.default = test_judge.says("Both are lovely.")
+    with pytest.raises(ServiceError, match=r"^--judge: grader at .*'Both are lovely\.'"):
+        build(retries=0)([Pair("q", "a", "b"), Pair("r", "a", "b")], QUIET)
+
+
+def test_an_endpoint_that_goes_away_is_named_and_what_was_paid_for_is_kept(build, endpoint):
+    endpoint.script = [scored(2), scored(2)]
+    endpoint.default = status(503, "gone")
+    pairs = [Pair("first", "a", "b"), Pair("second", "a", "b")]
     with pytest.raises(ServiceError) as caught:
         build(concurrency=1, retries=0)(pairs, QUIET)
     said = str(caught.value)
-    assert "'The first one is lovely.'" in said
     assert said.startswith("--judge: grader at ")
     assert said.endswith("The verdicts that came are kept: the same command goes on from them")
     asked = len(endpoint.requests)
     endpoint.default = scored(2)
-    verdicts = build()(pairs, QUIET)
-    assert verdicts == [Verdict(2.0, 1.0)] * 2
-    assert all(not p.startswith("good|") for p in endpoint.prompts[asked:])
+    assert build()(pairs, QUIET) == [Verdict(2.0, 1.0)] * 2
+    assert {p.split("|")[0] for p in endpoint.prompts[asked:]} == {"second"}
+
+
+def test_a_wrong_key_stops_at_once_and_names_the_flag(build, endpoint):
+    endpoint.default = status(401, "who are you")
+    with pytest.raises(RewardError, match=r"^--judge: .*answered 401: 'who are you'"):
+        build()([Pair("q", "a", "b")], QUIET)
 
 
 def test_a_busy_endpoint_is_asked_again(build, endpoint):

@@ -7,6 +7,7 @@ nothing to them; the higher score is preferred, equal ones tie.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -150,12 +151,13 @@ class EndpointJudge:
         # In parts, so that progress can be told; each is many times what is in flight at once.
         at_once = 8 * self.judge.section.concurrency
         scores: dict[str, float | None] = {}
+        problems: list[Exception] = []
         for start in range(0, len(prompts), at_once):
             tell(start, len(prompts))
             part = prompts[start : start + at_once]
             try:
                 with named_as_flags():
-                    scores |= self.judge.scores([prompt for both in part for prompt in both])
+                    found, problem = self.judge.scores([prompt for both in part for prompt in both])
             except ServiceError as error:
                 raise ServiceError(
                     f"{error}. The verdicts that came are kept: the same command goes on from them"
@@ -163,8 +165,23 @@ class EndpointJudge:
             finally:
                 for what, value in self.judge.costs().items():
                     self.spent[what] = self.spent.get(what, 0.0) + value
+            scores |= found
+            problems += [problem] if problem is not None else []
+        if problems:
+            self._tell(problems[0], [scores[p] for both in prompts for p in both])
         tell(len(prompts), len(prompts))
         return [_verdict(scores[first], scores[second]) for first, second in prompts]
+
+    def _tell(self, problem: Exception, scores: list[float | None]) -> None:
+        """Raise why the first pair has no verdict if none has one, else warn of it."""
+        with named_as_flags():
+            if not any(score is not None for score in scores):
+                raise problem
+        said = as_flags(str(problem))
+        warnings.warn(
+            f"{said}; this pair, and others like it, are left out; the same command asks again",
+            stacklevel=3,
+        )
 
     def close(self) -> None:
         self.judge.close()
@@ -369,7 +386,11 @@ def named_as_flags() -> Iterator[None]:
     try:
         yield
     except LspError as error:
-        said = str(error)
-        for section in ("reward.judge", "self_reward", "policy"):
-            said = said.replace(f"{section}.", "--judge.").replace(f"{section}:", "--judge:")
-        raise type(error)(said) from None
+        raise type(error)(as_flags(str(error))) from None
+
+
+def as_flags(said: str) -> str:
+    """A message whose settings are named as `--judge.FIELD`."""
+    for section in ("reward.judge", "self_reward", "policy"):
+        said = said.replace(f"{section}.", "--judge.").replace(f"{section}:", "--judge:")
+    return said
