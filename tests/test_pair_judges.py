@@ -253,6 +253,37 @@ def test_the_built_in_judge_prefers_what_scores_higher():
     assert verdict.preference == (2.0 if scores[1] > scores[0] else 1.0)
 
 
+def test_a_reward_models_higher_score_wins(tokenizer, tmp_path):
+    import torch
+    import transformers
+
+    from language_self_play.config import Config
+    from language_self_play.rewards.reward_model import build as build_reward_model
+
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), num_labels=1, hidden_size=32, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path / "rm"
+    transformers.LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    table = {"kind": "reward_model", "path": str(folder), "bound": "sigmoid"}
+    whole = Config.from_table({"policy": {"path": "arena"}, "reward": {"r": table}})
+    alone = build_reward_model("r", whole.reward["r"], whole)
+    alone.load(torch.device("cpu"))
+    pairs = [Pair("27+48", one, two) for one, two in (("57", "1"), ("abc", "12"), ("7", "7"))]
+    judge = build_pair_judge(table, device="cpu")
+    verdicts = judge(pairs, QUIET)
+    for pair, verdict in zip(pairs, verdicts, strict=True):
+        b, m = alone.score([(pair.instruction, pair.baseline), (pair.instruction, pair.model)])
+        assert verdict.preference == (2.0 if m > b else 1.0 if m < b else 1.5)
+    assert verdicts[0].preference != 1.5
+    assert verdicts[2].preference == 1.5
+    assert judge.name == str(folder)
+
+
 # ---------------------------------------------------------------- settings
 
 
