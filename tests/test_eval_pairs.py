@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,7 +161,8 @@ def test_files_of_answers_are_judged_in_both_orders_and_written_for_alpaca_eval(
 
     endpoint.default = reply
     mine = answers(tmp_path / "mine.json", ["good", "bad", "x", "same", "y"], generator="mine")
-    theirs = answers(tmp_path / "theirs.json", ["bad", "good", "z", "same", "w"])
+    # In another order than the prompts, which is nobody's concern.
+    theirs = answers(tmp_path / "theirs.json", ["w", "same", "z", "good", "bad"], QUERIES[::-1])
     command = ["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge, "--out", "out"]
     assert main([*command, "--json", "figures.json"]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -178,7 +180,7 @@ def test_files_of_answers_are_judged_in_both_orders_and_written_for_alpaca_eval(
     assert len(endpoint.requests) == figures["costs"]["requests"] == 8
     out = capsys.readouterr().out
     assert "4 pairs in both orders: 8 requests to grader" in out
-    assert "1 more with equal answers tie unasked" in out
+    assert "1 pairs of equal answers tie unasked" in out
     assert out.index("8 requests") < out.index("Win rate")
     annotations = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert annotations[0] == {
@@ -200,6 +202,18 @@ def test_files_of_answers_are_judged_in_both_orders_and_written_for_alpaca_eval(
     again = ["eval", "alpaca", "--annotations", "out/annotations.json", "--json", "again.json"]
     assert main(again) == 0
     assert json.loads((tmp_path / "again.json").read_text())["win_rate"] == figures["win_rate"]
+
+
+def test_equal_answers_all_tie_and_nobody_is_asked(prompts, judge, endpoint, tmp_path, capsys):
+    mine = answers(tmp_path / "mine.json", list("abcde"))
+    theirs = answers(tmp_path / "theirs.json", list("abcde"))
+    command = ["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge, "--out", "out"]
+    assert main(command) == 0
+    assert endpoint.requests == []
+    assert (report()["win_rate"], report()["n_draws"], report()["strict_win_rate"]) == (50.0, 5, 0)
+    out = capsys.readouterr().out
+    assert "5 pairs of equal answers tie unasked" in out
+    assert "0 pairs" not in out
 
 
 def test_a_judge_of_the_first_answer_is_a_draw_with_its_bias_reported(
@@ -337,6 +351,54 @@ def test_other_settings_or_another_model_are_answered_anew(prompts, judge, endpo
     assert json.loads((tmp_path / "out" / "model_outputs.json").read_text())[0]["output"] == "57"
 
 
+def test_a_model_that_was_trained_on_is_answered_anew_in_its_old_folder(
+    prompts, judge, endpoint, tmp_path
+):
+    from language_self_play.pretrained import resolve_model
+
+    endpoint.default = scored(1)
+    shutil.copytree(resolve_model("arena"), tmp_path / "model")
+    theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
+    command = ["eval", "win-rate", "./model", theirs, "--prompts", prompts, *judge, "--out", "out"]
+    command += ["--device", "cpu", "--max-tokens", "8"]
+    for _ in range(2):
+        assert main(command) == 0
+        assert len(list((tmp_path / "out").glob("answers-*.jsonl"))) == 1
+    os.utime(tmp_path / "model" / "model.safetensors", (1, 1))  # as written at another time
+    assert main(command) == 0
+    assert len(list((tmp_path / "out").glob("answers-*.jsonl"))) == 2
+
+
+def test_each_batch_has_draws_of_its_own(tmp_path, monkeypatch):
+    from language_self_play.config import Policy
+    from language_self_play.evaluate import answers as answering
+
+    steps = []
+
+    class Recorded(answering.TransformersSampler):
+        def sync(self, model, step):
+            steps.append(step)
+            super().sync(model, step)
+
+    monkeypatch.setattr(answering, "TransformersSampler", Recorded)
+    how = answering.Answering(temperature=1.0, max_tokens=4, batch_size=2, device="cpu")
+    found = answering.answer(Policy(path="arena"), None, QUERIES, how, tmp_path)
+    assert len(found) == 5
+    assert steps == [0, 2, 4]
+
+
+def test_the_copy_draws_answers_of_its_own(prompts, judge, endpoint, tmp_path):
+    endpoint.default = scored(1)
+    command = ["eval", "alpaca", "arena", "--baseline", "own-copy", "--instructions", prompts]
+    command += ["--max-tokens", "8", "--temperature", "1.5", "--device", "cpu", "--out", "out"]
+    assert main([*command, *judge]) == 0
+    ours, theirs = (
+        [row["output"] for row in json.loads((tmp_path / "out" / f"{side}.json").read_text())]
+        for side in ("model_outputs", "reference_outputs")
+    )
+    assert ours != theirs
+
+
 def test_a_model_against_its_own_copy_is_below_50_when_ties_are_no_wins(
     prompts, judge, endpoint, tmp_path, capsys
 ):
@@ -356,7 +418,12 @@ def test_a_model_against_its_own_copy_is_below_50_when_ties_are_no_wins(
     assert figures["strict_win_rate"] == pytest.approx(20.0)
     assert figures["position_bias"]["tied"] == pytest.approx(0.6)
     assert figures["position_bias"]["first"] == pytest.approx(0.7)  # (2 + 3/2) / 5
-    assert "with ties as losses 20.00 %" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "with ties as losses 20.00 %" in out
+    assert (
+        "5 pairs in both orders: 5 requests" in out
+    )  # both orders of equal answers are one question
+    assert "tie unasked" not in out
 
 
 @pytest.mark.filterwarnings("always::UserWarning")  # shown as the command shows them
@@ -442,6 +509,7 @@ MISTAKES = {
     "win-rate a.json a.json --prompts a.json --batch-size 0": "--batch-size 0: must be at least 1",
     "win-rate a.json a.json --prompts a.json --seed -1": "--seed -1: must be from 0",
     "win-rate a.json a.json --prompts a.json --dtype int8": "argument --dtype: invalid choice",
+    "win-rate arena a.json --prompts a.json --judge.kind arena --device abacus": "device = 'abacus'",
     "win-rate a.json a.json --prompts a.json --solver.beta 1": "--solver: no such flag",
     "win-rate a.json a.json --prompts a.json --judge x": "--judge: no such flag",
     "win-rate a.json a.json --prompts a.json --promts x": "--promts: no such flag",

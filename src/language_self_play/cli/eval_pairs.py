@@ -110,6 +110,7 @@ def compare(
 
     from language_self_play.evaluate.outputs import write_annotations, write_outputs
     from language_self_play.evaluate.pair_judges import annotate, build_pair_judge, pairs_to_ask
+    from language_self_play.pretrained import choose_device
 
     own_copy = baseline == OWN_COPY
     sides = {"MODEL": _side(model, "MODEL", instructions)}
@@ -119,6 +120,7 @@ def compare(
         raise ConfigError(
             f"{OWN_COPY}: {model} is a file of answers; only a model can answer again"
         )
+    choose_device(options.device)  # what is no device, is told before anything is loaded
     judge = build_pair_judge(judge_settings, options.device)
     try:
         try:
@@ -135,9 +137,10 @@ def compare(
         _write(out, lambda: write_outputs(out / "reference_outputs.json", theirs))
         # Of one's own copy what the judge makes of equal answers is the question.
         asked = pairs_to_ask(theirs, ours, ask_equal=own_copy)
-        print(judge.plan(asked))
+        if asked:
+            print(judge.plan(asked))
         if len(asked) < len(ours):
-            print(f"{len(ours) - len(asked)} more with equal answers tie unasked")
+            print(f"{len(ours) - len(asked)} pairs of equal answers tie unasked")
         if options.dry_run:
             print(f"Nothing was judged. The answers are in {out}.")
             return 0

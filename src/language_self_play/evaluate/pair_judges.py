@@ -213,7 +213,7 @@ class ScoringJudge:
     def __call__(self, pairs: Sequence[Pair], tell: Tell) -> list[Verdict]:
         tell(0, len(pairs))
         verdicts = []
-        for baseline, model in self._score(pairs) if pairs else []:
+        for baseline, model in self._score(pairs):
             preference = (
                 TIE if model == baseline else MODEL_WINS if model > baseline else BASELINE_WINS
             )
@@ -260,7 +260,7 @@ def annotate(
 ) -> list[Annotation]:
     """The judged pairs in order, without those on which the judge has no verdict to give."""
     asked = pairs_to_ask(baseline, model, ask_equal)
-    verdicts = zip(asked, judge(asked, tell), strict=True)
+    verdicts = zip(asked, judge(asked, tell) if asked else [], strict=True)
     verdict_of = {pair.instruction: verdict for pair, verdict in verdicts}
     annotations = []
     for b, m in zip(baseline, model, strict=True):
