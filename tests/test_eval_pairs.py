@@ -299,6 +299,19 @@ def test_a_pair_without_a_verdict_is_told_counted_and_left_out(
     assert "1 pairs have no verdict and are left out." in said.out
     written = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert [row["instruction"] for row in written] == [q for q in QUERIES if q != "9+9"]
+    # The table of difficulties goes along.
+    hard = {q: float(i) for i, q in enumerate(QUERIES)}
+    (tmp_path / "d.json").write_text(json.dumps(hard))
+    table = ["--instruction-difficulty", "d.json"]
+    command = ["eval", "alpaca", mine, "--baseline", theirs, *table, *judge, "--out", "out"]
+    assert main(command) == 0
+    of_model = report()
+    assert of_model["length_control"]["difficulties"] == "table"
+    again = ["eval", "alpaca", "--annotations", "out/annotations.json", *table]
+    (tmp_path / "d.json").write_text(json.dumps({q: v for q, v in hard.items() if q != "9+9"}))
+    assert main([*again, "--json", "again.json"]) == 0
+    of_file = json.loads((tmp_path / "again.json").read_text())
+    assert of_file["length_control"] == of_model["length_control"]
 
 
 # ---------------------------------------------------------------- models that answer
@@ -536,6 +549,15 @@ def test_a_mistake_on_the_command_line_is_one_sentence(line, tmp_path, monkeypat
     (tmp_path / "empty.json").write_text("")
     (tmp_path / "folder").mkdir()
     assert refusal(capsys, *line.split()).startswith(MISTAKES[line])
+
+
+def test_a_device_that_is_not_there_is_told_before_anything_is_answered(tmp_path, capsys):
+    answers(tmp_path / "a.json", list("abcde"))
+    command = ["win-rate", "arena", "a.json", "--prompts", "a.json", "--judge.kind", "arena"]
+    assert main(["eval", *command, "--device", "abacus"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("lsp: device = 'abacus': can't be used here")
+    assert not (tmp_path / "evaluations").exists()
 
 
 @pytest.mark.parametrize("measure", ["win-rate", "alpaca"])
