@@ -571,7 +571,7 @@ COMMAND_LINES = {
     "empty command": ([""], "'': no such command; "),
     "unknown measure": (
         ["eval", "acuracy", "arena"],
-        "argument MEASURE: invalid choice: 'acuracy'",
+        "MEASURE = 'acuracy': no such measure; did you mean accuracy?",
     ),
     "no model to evaluate": (
         ["eval", "accuracy"],
@@ -581,6 +581,10 @@ COMMAND_LINES = {
     "a report without a folder": (
         ["eval", "accuracy", "arena", "--json", "no/where.json"],
         "--json no/where.json: there is no folder no",
+    ),
+    "a report where a folder lies": (
+        ["eval", "accuracy", "arena", "--json", "folder"],
+        "--json folder: is a folder; name a file",
     ),
     "no games": (["play", "arena", "--games", "0"], "--games 0: must be at least 1"),
     "games in words": (["play", "arena", "--games", "ten"], "argument --games: invalid int value"),

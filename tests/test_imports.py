@@ -28,6 +28,7 @@ ROOMS = [
             "cli",
             "cli.train",
             "cli.evaluate",
+            "cli.eval_accuracy",
             "cli.play",
             "cli.recipes",
             "cli.config",
@@ -40,7 +41,10 @@ ROOMS = [
     ("what it is played with, which joins the rooms", ["game"]),
     (
         "measuring and reporting",
-        ["evaluate", "evaluate.accuracy", "summary", "progress", "model_card", "publish"],
+        [
+            *["evaluate", "evaluate.accuracy", "evaluate.subject"],
+            *["summary", "progress", "model_card", "publish"],
+        ],
     ),
     ("the players", ["players"]),
     (
@@ -97,11 +101,13 @@ BESIDE = {
     "cli": {"cli.train", "cli.evaluate", "cli.play", "cli.recipes", "cli.config", "cli.push"},
     "cli.train": {"cli", "cli.overrides"},
     "cli.evaluate": {"cli"},
+    "cli.eval_accuracy": {"cli", "cli.evaluate"},
     "cli.play": {"cli", "cli.overrides"},
     "cli.recipes": {"cli"},
     "cli.config": {"cli"},
     "cli.push": {"cli"},
     "evaluate.accuracy": {"evaluate"},
+    "evaluate.subject": {"evaluate"},
     "summary": {"progress"},
     "model_card": {"progress", "summary"},
     "publish": {"model_card"},
@@ -132,7 +138,7 @@ LIBRARIES = {
     "pydantic": {"config", "settings"},
     "math_verify": {"rewards.mathematics"},
     "tomli_w": {"config"},
-    "rich": {"cli.train", "cli.evaluate", "cli.play", "plan", "progress", "summary"},
+    "rich": {"cli.train", "cli.eval_accuracy", "cli.play", "plan", "progress", "summary"},
     "safetensors": {"checkpoint", "policy"},
     "huggingface_hub": {"publish"},
     "peft": {"policy"},
@@ -189,9 +195,20 @@ LIBRARIES = {
 
 # Modules that must come without torch and transformers, with everything that they import.
 LIGHT = [
-    *["cli", "cli.train", "cli.evaluate", "cli.play", "cli.recipes", "cli.config", "cli.overrides"],
+    *["cli", "cli.evaluate", "cli.eval_accuracy"],
+    *["cli.train", "cli.play", "cli.recipes", "cli.config", "cli.overrides"],
     *["config", "errors", "types", "prompts", "run_folder", "progress", "summary", "stopwatch"],
-    *["plan", "sampling", "evaluate", "cli.push", "publish", "model_card", "markdown", "lock"],
+    *[
+        "plan",
+        "sampling",
+        "evaluate",
+        "evaluate.subject",
+        "cli.push",
+        "publish",
+        "model_card",
+        "markdown",
+        "lock",
+    ],
     *["arena", "arena.tasks", "arena.questions", "arena.tiny_model"],
 ]
 
