@@ -43,6 +43,7 @@ ROOMS = [
         "measuring and reporting",
         [
             *["evaluate", "evaluate.accuracy", "evaluate.subject"],
+            *["evaluate.intervals", "evaluate.pass_at_k"],
             *["summary", "progress", "model_card", "publish"],
         ],
     ),
@@ -106,7 +107,7 @@ BESIDE = {
     "cli.recipes": {"cli"},
     "cli.config": {"cli"},
     "cli.push": {"cli"},
-    "evaluate.accuracy": {"evaluate"},
+    "evaluate.accuracy": {"evaluate", "evaluate.intervals"},
     "evaluate.subject": {"evaluate"},
     "summary": {"progress"},
     "model_card": {"progress", "summary"},
@@ -131,10 +132,11 @@ BESIDE = {
 
 # Nothing of ours but errors: these can be read, tested and reused alone.
 ALONE = ["advantages", "losses", "logprobs", "randomness", "types", "stopwatch", "arena.tasks"]
-ALONE += ["rewards.sandbox", "rewards.mathematics"]
+ALONE += ["rewards.sandbox", "rewards.mathematics", "evaluate.intervals", "evaluate.pass_at_k"]
 
 # Third-party library -> the modules that may import it. Anything else is an error.
 LIBRARIES = {
+    "numpy": {"evaluate.intervals"},
     "pydantic": {"config", "settings"},
     "math_verify": {"rewards.mathematics"},
     "tomli_w": {"config"},
@@ -209,6 +211,7 @@ LIGHT = [
         "markdown",
         "lock",
     ],
+    *["evaluate.intervals", "evaluate.pass_at_k"],
     *["arena", "arena.tasks", "arena.questions", "arena.tiny_model"],
 ]
 

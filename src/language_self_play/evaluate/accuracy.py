@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -12,10 +11,8 @@ from transformers import PreTrainedModel
 from language_self_play.arena.questions import held_out_problems
 from language_self_play.arena.tasks import TIERS
 from language_self_play.chat import Chat
+from language_self_play.evaluate.intervals import normal_interval, wilson_interval
 from language_self_play.packing import pad_left
-
-# Two-sided 95 % of a normal distribution.
-Z_95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -42,11 +39,11 @@ class Accuracy:
 
     def sampled(self, tier: str | None = None) -> tuple[float, float]:
         """(mean probability of the right answer at temperature 1, half-width of its interval)."""
-        return _mean_interval([r.probability for r in self._of(tier)])
+        return normal_interval([r.probability for r in self._of(tier)])
 
     def greedy(self, tier: str | None = None) -> tuple[float, float]:
         """(share of questions that greedy decoding answers right, half-width of its interval)."""
-        return _share_interval([r.greedy for r in self._of(tier)])
+        return wilson_interval([r.greedy for r in self._of(tier)])
 
     def metrics(self) -> dict[str, float]:
         """The metrics of an evaluation, overall and by tier."""
@@ -112,17 +109,3 @@ def arena_accuracy(
             for (query, problem), p, g in zip(problems, probability, greedy, strict=True)
         ]
     )
-
-
-def _mean_interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half-width of the normal 95 % interval over questions)."""
-    mean = sum(values) / len(values)
-    variance = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
-    return mean, Z_95 * math.sqrt(variance / len(values))
-
-
-def _share_interval(flags: list[bool]) -> tuple[float, float]:
-    """(share, half-width of Wilson's 95 % score interval), which is not 0 for a share of 1."""
-    n, share = len(flags), sum(flags) / len(flags)
-    spread = math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
-    return share, Z_95 * spread / (1 + Z_95**2 / n)
