@@ -99,6 +99,7 @@ def setting_cases() -> Iterator[tuple[str, dict[str, Any], str]]:
 
 SETTINGS = list(setting_cases())
 
+
 def question_set(**settings: Any) -> dict[str, Any]:
     return {"eval": {"accuracy": {"main": {"path": "questions.jsonl", **settings}}}}
 

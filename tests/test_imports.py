@@ -43,7 +43,7 @@ ROOMS = [
         "measuring and reporting",
         [
             *["evaluate", "evaluate.accuracy", "evaluate.subject"],
-            *["evaluate.intervals", "evaluate.pass_at_k"],
+            *["evaluate.intervals", "evaluate.pass_at_k", "evaluate.outcomes", "evaluate.exam"],
             *["summary", "progress", "model_card", "publish"],
         ],
     ),
@@ -107,7 +107,9 @@ BESIDE = {
     "cli.recipes": {"cli"},
     "cli.config": {"cli"},
     "cli.push": {"cli"},
-    "evaluate.accuracy": {"evaluate", "evaluate.intervals"},
+    "evaluate.accuracy": {"evaluate", "evaluate.intervals", "evaluate.outcomes"},
+    "evaluate.exam": {"evaluate", "evaluate.outcomes"},
+    "evaluate.outcomes": {"evaluate", "evaluate.intervals", "evaluate.pass_at_k"},
     "evaluate.subject": {"evaluate"},
     "summary": {"progress"},
     "model_card": {"progress", "summary"},
@@ -211,7 +213,7 @@ LIGHT = [
         "markdown",
         "lock",
     ],
-    *["evaluate.intervals", "evaluate.pass_at_k"],
+    *["evaluate.intervals", "evaluate.pass_at_k", "evaluate.outcomes"],
     *["arena", "arena.tasks", "arena.questions", "arena.tiny_model"],
 ]
 

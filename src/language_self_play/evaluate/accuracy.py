@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from language_self_play.arena.questions import held_out_problems
 from language_self_play.arena.tasks import TIERS
 from language_self_play.chat import Chat
 from language_self_play.evaluate.intervals import normal_interval, wilson_interval
+from language_self_play.evaluate.outcomes import ARENA, Record
 from language_self_play.packing import pad_left
 
 
@@ -44,6 +46,20 @@ class Accuracy:
     def greedy(self, tier: str | None = None) -> tuple[float, float]:
         """(share of questions that greedy decoding answers right, half-width of its interval)."""
         return wilson_interval([r.greedy for r in self._of(tier)])
+
+    def records(self) -> list[Record]:
+        """Every question's record, as outcomes.py says."""
+        return [
+            {
+                "set": ARENA,
+                "id": r.query,
+                "tier": r.tier,
+                "task": r.task,
+                "probability": r.probability if math.isfinite(r.probability) else None,
+                "greedy": r.greedy,
+            }
+            for r in self.results
+        ]
 
     def metrics(self) -> dict[str, float]:
         """The metrics of an evaluation, overall and by tier."""
