@@ -44,6 +44,7 @@ ROOMS = [
         [
             *["evaluate", "evaluate.accuracy", "evaluate.subject"],
             *["evaluate.intervals", "evaluate.pass_at_k", "evaluate.outcomes", "evaluate.exam"],
+            *["evaluate.kept"],
             *["summary", "progress", "model_card", "publish"],
         ],
     ),
@@ -102,13 +103,14 @@ BESIDE = {
     "cli": {"cli.train", "cli.evaluate", "cli.play", "cli.recipes", "cli.config", "cli.push"},
     "cli.train": {"cli", "cli.overrides"},
     "cli.evaluate": {"cli"},
-    "cli.eval_accuracy": {"cli", "cli.evaluate"},
+    "cli.eval_accuracy": {"cli", "cli.evaluate", "cli.overrides"},
     "cli.play": {"cli", "cli.overrides"},
     "cli.recipes": {"cli"},
     "cli.config": {"cli"},
     "cli.push": {"cli"},
     "evaluate.accuracy": {"evaluate", "evaluate.intervals", "evaluate.outcomes"},
     "evaluate.exam": {"evaluate", "evaluate.outcomes"},
+    "evaluate.kept": {"evaluate", "evaluate.outcomes"},
     "evaluate.outcomes": {"evaluate", "evaluate.intervals", "evaluate.pass_at_k"},
     "evaluate.subject": {"evaluate"},
     "summary": {"progress"},
@@ -213,7 +215,7 @@ LIGHT = [
         "markdown",
         "lock",
     ],
-    *["evaluate.intervals", "evaluate.pass_at_k", "evaluate.outcomes"],
+    *["evaluate.intervals", "evaluate.pass_at_k", "evaluate.outcomes", "evaluate.kept"],
     *["arena", "arena.tasks", "arena.questions", "arena.tiny_model"],
 ]
 

@@ -15,7 +15,7 @@ from language_self_play.errors import ConfigError, InputFileError
 MEASURES = {
     "accuracy": (
         "language_self_play.cli.eval_accuracy",
-        "exact accuracy on the arena's held-out questions",
+        "on the arena's held-out questions, GSM8K, HumanEval, or any with keys",
     ),
 }
 
