@@ -29,6 +29,8 @@ ROOMS = [
             "cli.train",
             "cli.evaluate",
             "cli.eval_accuracy",
+            "cli.eval_table",
+            "cli.eval_harness",
             "cli.play",
             "cli.recipes",
             "cli.config",
@@ -44,7 +46,13 @@ ROOMS = [
         [
             *["evaluate", "evaluate.accuracy", "evaluate.subject"],
             *["evaluate.intervals", "evaluate.pass_at_k", "evaluate.outcomes", "evaluate.exam"],
-            *["evaluate.kept"],
+            *[
+                "evaluate.harness",
+                "evaluate.kept",
+                "evaluate.scores",
+                "evaluate.table",
+                "evaluate.table_files",
+            ],
             *["summary", "progress", "model_card", "publish"],
         ],
     ),
@@ -103,6 +111,9 @@ BESIDE = {
     "cli": {"cli.train", "cli.evaluate", "cli.play", "cli.recipes", "cli.config", "cli.push"},
     "cli.train": {"cli", "cli.overrides"},
     "cli.evaluate": {"cli"},
+    "cli.eval_table": {"cli"},
+    "cli.eval_harness": {"cli", "cli.evaluate"},
+    "evaluate.harness": {"evaluate"},
     "cli.eval_accuracy": {"cli", "cli.evaluate", "cli.overrides"},
     "cli.play": {"cli", "cli.overrides"},
     "cli.recipes": {"cli"},
@@ -111,6 +122,9 @@ BESIDE = {
     "evaluate.accuracy": {"evaluate", "evaluate.intervals", "evaluate.outcomes"},
     "evaluate.exam": {"evaluate", "evaluate.outcomes"},
     "evaluate.kept": {"evaluate", "evaluate.outcomes"},
+    "evaluate.scores": {"evaluate", "evaluate.outcomes", "model_card"},
+    "evaluate.table": {"evaluate", "evaluate.intervals", "evaluate.scores"},
+    "evaluate.table_files": {"evaluate", "evaluate.table"},
     "evaluate.outcomes": {"evaluate", "evaluate.intervals", "evaluate.pass_at_k"},
     "evaluate.subject": {"evaluate"},
     "summary": {"progress"},
@@ -141,6 +155,8 @@ ALONE += ["rewards.sandbox", "rewards.mathematics", "evaluate.intervals", "evalu
 # Third-party library -> the modules that may import it. Anything else is an error.
 LIBRARIES = {
     "numpy": {"evaluate.intervals"},
+    "lm_eval": {"evaluate.harness"},
+    "matplotlib": {"evaluate.table_files"},
     "pydantic": {"config", "settings"},
     "math_verify": {"rewards.mathematics"},
     "tomli_w": {"config"},
@@ -216,6 +232,13 @@ LIGHT = [
         "lock",
     ],
     *["evaluate.intervals", "evaluate.pass_at_k", "evaluate.outcomes", "evaluate.kept"],
+    *[
+        "evaluate.scores",
+        "evaluate.table",
+        "evaluate.table_files",
+        "cli.eval_table",
+        "cli.eval_harness",
+    ],
     *["arena", "arena.tasks", "arena.questions", "arena.tiny_model"],
 ]
 

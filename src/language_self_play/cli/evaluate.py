@@ -17,6 +17,14 @@ MEASURES = {
         "language_self_play.cli.eval_accuracy",
         "on the arena's held-out questions, GSM8K, HumanEval, or any with keys",
     ),
+    "harness": (
+        "language_self_play.cli.eval_harness",
+        "any task of lm-eval, EleutherAI's harness",
+    ),
+    "table": (
+        "language_self_play.cli.eval_table",
+        "runs and files of results side by side, as the paper does",
+    ),
 }
 
 
