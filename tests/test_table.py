@@ -281,13 +281,13 @@ def test_folders_without_evaluations_are_refused(runs: Any, tmp_path: Path):
     shutil.rmtree(copy.evaluations_folder)
     with pytest.raises(RunFolderError, match="nothing was evaluated question by question"):
         build_tables([str(copy.folder)])
-    with pytest.raises(InputFileError, match="^nowhere: no such run"):
+    with pytest.raises(InputFileError, match=r"^nowhere: no such run"):
         build_tables(["nowhere"])
 
 
 def test_one_file_named_twice_is_refused():
     accuracy_file("a.json", [[1], [0]])
-    with pytest.raises(ConfigError, match="^a.json: is named twice"):
+    with pytest.raises(ConfigError, match=r"^a.json: is named twice"):
         build_tables(["a.json", "a.json"])
 
 
