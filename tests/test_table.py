@@ -110,10 +110,38 @@ def test_the_papers_win_rates_stand_beside_no_accuracy(capsys: Any):
     assert "paper" not in capsys.readouterr().out.lower()
 
 
-def test_pairs_without_a_verdict_are_left_out():
-    annotations("a.json", [2, None], ["koala", "koala"])
-    measured, _ = read_measured("a.json")
-    assert measured.scores[WIN_RATE].values == {"do 0": 1.0}
+def test_pairs_without_a_verdict_are_left_out_of_their_row_and_of_its_difference():
+    annotations("base.json", [1, 2, 2, 1], ["koala"] * 4)
+    annotations("a.json", [2, 1.5, None, float("nan")], ["koala"] * 4)
+    [table] = build_tables(["base=base.json", "a.json"])
+    base, cell = (row.cells[ALL] for row in table.rows)
+    # 0 1 1 0, and 1 ½: the differences of the two that both have are 1 and −½.
+    assert (base.n, base.mean, cell.n, cell.mean, cell.difference) == (4, 0.5, 2, 0.75, 0.25)
+
+
+def test_a_subset_without_any_verdict_is_an_empty_cell(capsys: Any):
+    annotations("base.json", [1, 2], ["koala", "vicuna"])
+    annotations("a.json", [2, None], ["koala", "vicuna"])
+    assert main(["eval", "table", "base=base.json", "a.json"]) == 0
+    assert re.search(r"\| a \| 100\.0 \S+ \S+ \|  \| 100\.0", capsys.readouterr().out)
+
+
+def test_published_annotations_give_the_published_win_rate(test_data: Path):
+    file = test_data / "data" / "alpaca_eval" / "annotations-OpenHermes-2.5-Mistral-7B.json.gz"
+    [table] = build_tables([str(file)])
+    [row] = table.rows
+    assert row.label == "annotations-OpenHermes-2.5-Mistral-7B"
+    # leaderboard.csv: 10.340415705751552.
+    assert row.cells[ALL].mean == pytest.approx(0.10340415705751552, rel=1e-9)
+    sizes = {group: cell.n for group, cell in row.cells.items()}
+    assert sizes == {
+        "helpful_base": 129,
+        "koala": 156,
+        "oasst": 188,
+        "selfinstruct": 252,
+        "vicuna": 80,
+        ALL: 805,
+    }
 
 
 # ---------------------------------------------------------------- runs

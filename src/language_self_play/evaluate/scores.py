@@ -28,6 +28,7 @@ class Scores:
 
     values: dict[str, float] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
+    unjudged: set[str] = field(default_factory=set)  # asked, but without a verdict
 
 
 @dataclass
@@ -53,7 +54,9 @@ def read_measured(argument: str) -> tuple[Measured, Measured | None]:
     if path.is_dir():
         return _read_run(label, path)
     scores = _read_file(path)
-    return Measured(label or path.name.split(".")[0], named, scores), None
+    return Measured(
+        label or path.name.removesuffix(".gz").removesuffix(".json"), named, scores
+    ), None
 
 
 def _read_run(label: str, path: Path) -> tuple[Measured, Measured]:
@@ -161,8 +164,9 @@ def _win_rates(annotations: list[Any], path: Path) -> Scores:
     scores = Scores()
     for number, row in enumerate(annotations, 1):
         preference = row.get("preference") if isinstance(row, Mapping) else None
-        if preference is None and isinstance(row, Mapping) and "preference" in row:
-            continue  # a pair that the judge gave no verdict on
+        if isinstance(row, Mapping) and "preference" in row and _is_missing(preference):
+            scores.unjudged.add(str(row.get("instruction")))
+            continue
         if not _is_preference(preference) or "instruction" not in row:
             raise InputFileError(
                 f"{path}, row {number}: is no annotation: it needs an `instruction` and a `preference`"
@@ -176,6 +180,10 @@ def _win_rates(annotations: list[Any], path: Path) -> Scores:
     if not scores.values:
         raise InputFileError(f"{path}: has no verdict in any of its {len(annotations)} rows")
     return scores
+
+
+def _is_missing(preference: Any) -> bool:
+    return preference is None or preference != preference
 
 
 def _is_preference(value: Any) -> bool:

@@ -6,6 +6,7 @@ the same questions (intervals.py). Never torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -132,7 +133,10 @@ def _table(measure: str, base: Measured | None, models: list[Measured]) -> Measu
 
 
 def _refuse_other_questions(measure: str, one: Measured, other: Measured) -> None:
-    a, b = (set(model.scores[measure].values) for model in (one, other))
+    a, b = (
+        set(scores.values) | scores.unjudged
+        for scores in (one.scores[measure], other.scores[measure])
+    )
     if a != b:
         raise InputFileError(
             f"{other.source}: {measure} is of other questions than {one.source}'s ({len(b)} and"
@@ -150,11 +154,16 @@ def _groups(scores: Scores) -> list[str]:
 def _cell(scores: Scores, base: Scores | None, group: str) -> Cell:
     chosen = [q for q in scores.values if group == ALL or scores.groups.get(q) == group]
     values = [scores.values[q] for q in chosen]
+    if not values:
+        return Cell(0, math.nan, math.nan, math.nan)
     mean = sum(values) / len(values)
     cell = Cell(len(values), mean, *bootstrap_interval(values))
     if base is None:
         return cell
-    of_base = [base.values[q] for q in chosen]
+    both = [q for q in chosen if q in base.values]  # all, but for pairs without a verdict
+    if not both:
+        return cell
+    values, of_base = [scores.values[q] for q in both], [base.values[q] for q in both]
     differences = [a - b for a, b in zip(values, of_base, strict=True)]
     low, high = bootstrap_interval(differences)
     return replace(

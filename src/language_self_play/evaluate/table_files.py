@@ -52,6 +52,8 @@ def _plain(text: str) -> str:
 
 
 def _shown(cell: Cell, group: str) -> str:
+    if cell.n == 0:
+        return ""
     star = "*" if group != ALL and cell.p is not None and cell.p < SIGNIFICANT else ""
     numbers = f"{100 * cell.mean:.1f} [{100 * cell.low:.1f}, {100 * cell.high:.1f}]"
     return numbers + star
