@@ -32,7 +32,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     pytest.importorskip("lm_eval", reason="the extra harness is not installed")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    rows = [("1+1", "2"), ("4+4", "8"), ("3+9", "21"), ("5+3", "2")]
+    rows = [("1+1", 0), ("4+4", 1), ("3+9", 2), ("5+3", 0)]  # the keys are places of choices
     folder = tmp_path / "tasks"
     folder.mkdir()
     data = folder / "data.jsonl"
