@@ -156,6 +156,13 @@ def test_pass_at_k_counts_right_answers_question_by_question(sums: str):
     assert (metrics["eval/sums/truncated"], metrics["eval/sums/length"]) == (0.0, 3.0)
 
 
+def test_accuracy_is_there_whichever_k_are_asked_for(sums: str):
+    section = QuestionSet(path=sums, num_answers=2, temperature=1.0, pass_at=[2])
+    with Exam("sums", section) as exam:
+        metrics = accuracy_of(exam, lambda question, j: double(question) if j else "0.5")
+    assert (metrics["eval/sums/accuracy"], metrics["eval/sums/pass_at_2"]) == (0.5, 1.0)
+
+
 def test_a_record_holds_question_key_and_every_answer_with_its_verdict(sums: str):
     with Exam("sums", QuestionSet(path=sums, limit=0)) as exam:
         answered = take(exam, lambda question, j: double(question) if question[0] < "3" else "7")

@@ -18,7 +18,7 @@ dataset_kwargs:
 test_split: train
 output_type: multiple_choice
 doc_to_text: "{{{{q}}}}"
-doc_to_choice: ["2", "8", "21"]
+doc_to_choice: ["2", "8", "31"]
 doc_to_target: "{{{{a}}}}"
 target_delimiter: ""
 metric_list:
@@ -32,7 +32,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     pytest.importorskip("lm_eval", reason="the extra harness is not installed")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    rows = [("1+1", 0), ("4+4", 1), ("3+9", 2), ("5+3", 0)]  # the keys are places of choices
+    rows = [("1+1", 0), ("4+4", 1), ("4+9", 2), ("5+3", 0)]  # the keys are places of choices
     folder = tmp_path / "tasks"
     folder.mkdir()
     data = folder / "data.jsonl"
