@@ -52,7 +52,10 @@ def changed(field: str, value: Any, kind: str | None = None) -> dict[str, Any]:
     table: Any = value
     for name in reversed(field.split(".")):
         table = {name: table}
-    return merge(valid_for(kind), table)
+    valid = valid_for(kind)
+    if field.startswith("eval.accuracy."):
+        valid = valid | {"eval": {"accuracy": {"main": {"path": "questions.jsonl"}}}}
+    return merge(valid, table)
 
 
 # ---------------------------------------------------------------- from the tree of settings
@@ -96,6 +99,11 @@ def setting_cases() -> Iterator[tuple[str, dict[str, Any], str]]:
 
 SETTINGS = list(setting_cases())
 
+
+def question_set(**settings: Any) -> dict[str, Any]:
+    return {"eval": {"accuracy": {"main": {"path": "questions.jsonl", **settings}}}}
+
+
 CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
     "grpo without queries": ({"algorithm": "grpo"}, "data.path"),
     "queries in a game that poses its own": ({"data": {"path": "arena"}}, "data.path"),
@@ -118,6 +126,17 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
     "a broken pattern": (
         {"reward": {"main": {"kind": "majority", "method": "regex", "pattern": "(("}}},
         "reward.main",
+    ),
+    "a prompt without the question": (question_set(prompt="Think."), "eval.accuracy.main"),
+    "pass@8 of 4 answers": (
+        question_set(num_answers=4, pass_at=[1, 8], temperature=1.0),
+        "eval.accuracy.main",
+    ),
+    "several answers, all the same": (question_set(num_answers=4), "eval.accuracy.main"),
+    "a set's regex without a pattern": (question_set(method="regex"), "eval.accuracy.main"),
+    "a set's name that no metric can hold": (
+        {"eval": {"accuracy": {"a/b": {"path": "q.jsonl"}}}},
+        "eval.accuracy",
     ),
     "warm-up as long as the run": ({"learner": {"warmup_steps": 2}}, "learner.warmup_steps"),
     "two tasks, three templates": (

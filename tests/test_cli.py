@@ -14,6 +14,7 @@ import pytest
 import language_self_play
 from language_self_play import errors
 from language_self_play.cli import COMMANDS, main
+from language_self_play.cli.evaluate import MEASURES
 from language_self_play.config import Config
 from language_self_play.recipe_files import recipe_names, recipe_text
 from language_self_play.settings import fields
@@ -42,7 +43,7 @@ ANSWERS_AT_ONCE = [
     ["--help"],
     [],
     *[[name, "--help"] for name in COMMANDS],
-    ["eval", "accuracy", "--help"],
+    *[["eval", measure, "--help"] for measure in MEASURES],
     ["recipes", "copy", "--help"],
 ]
 

@@ -163,7 +163,7 @@ def test_list_of_unit_tests_runs_as_a_program(load):
         ("[" * 200_000, "q.jsonl:1: not a JSON object: "),
         (
             '{"prompt": "1+1"}\n{"text": "2", "id": 3}\n',
-            "q.jsonl:2: has none of prompt, query, question, instruction, messages, its columns are"
+            "q.jsonl:2: has none of prompt, query, question, instruction, messages, problem, its columns are"
             " text, id; data.column names the query's",
         ),
         ("{}\n", "q.jsonl:1: has none of prompt, "),
@@ -364,7 +364,7 @@ def test_a_bad_row_of_a_data_set_is_named_by_its_number(datasets):
             "c.csv",
             "text,label\nx,y\n",
             {},
-            "c.csv, row 1: has none of prompt, query, question, instruction, messages, its columns"
+            "c.csv, row 1: has none of prompt, query, question, instruction, messages, problem, its columns"
             " are text, label;",
         ),
         (

@@ -146,7 +146,7 @@ def test_only_the_end_of_a_long_answer_is_read(workers):
 def test_a_key_without_mathematics_makes_no_answer_right_and_all_such_keys_are_an_error(build):
     verify = build(method="math")
     assert verify(["q", "r"], [["Paris"], ["4"]], ["Paris", "4"]) == [[0], [1]]
-    with pytest.raises(RewardError, match=r"finds no mathematics in any key of this step.*'Paris'"):
+    with pytest.raises(RewardError, match=r"finds no mathematics in any key.*'Paris'"):
         verify(["q"], [["Paris"]], ["Paris"])
 
 

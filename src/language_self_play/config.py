@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import tomli_w
@@ -32,9 +32,13 @@ Nucleus = Annotated[float, Field(strict=True, gt=0.0, le=1.0)]
 Decay = Annotated[float, Field(strict=True, ge=0.0, lt=1.0)]
 Flag = Annotated[bool, Field(strict=True)]
 Name = Annotated[str, Field(min_length=1)]
+# The name of a question set is part of metrics' names.
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
 Texts = str | Annotated[list[str], Field(min_length=1)]
 
 
+# Below it several answers to one question tell hardly more than one.
+SPREADING_TEMPERATURE = 0.1
 DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 
 
@@ -208,10 +212,7 @@ class RewardModelReward(RewardSection):
     )
 
 
-class VerifierReward(RewardSection):
-    """1 for an answer that agrees with the key of its query (data.answer_column), 0 otherwise."""
-
-    kind: Literal["verifier"]
+class Verifier(Section):
     method: Literal["math", "exact", "regex", "code"] = Field(
         description="math: equal as mathematics (math-verify); exact: equal texts; regex: `pattern`'s"
         " first group equals the key, or without keys `pattern` is found; code: the key's unit tests"
@@ -229,9 +230,15 @@ class VerifierReward(RewardSection):
     )
 
     @pydantic.model_validator(mode="after")
-    def _agree(self) -> VerifierReward:
+    def _agree(self) -> Self:
         _check_pattern(self.method, self.pattern)
         return self
+
+
+class VerifierReward(Verifier, RewardSection):
+    """1 for an answer that agrees with the key of its query (data.answer_column), 0 otherwise."""
+
+    kind: Literal["verifier"]
 
 
 class MajorityReward(RewardSection):
@@ -365,22 +372,82 @@ class Rollout(Section):
     )
 
 
-class Data(Section):
-    path: str | None = Field(
-        None,
-        description="Queries for `grpo`: a JSONL file, a file or folder that `datasets` reads, a hub"
-        " id, or `arena` for the built-in 1,000 human ones.",
-    )
+class Table(Section):
+    """Where rows come from, and which of their columns are read."""
+
+    path: str | None = None
     subset: str | None = Field(None, description="Configuration of a hub data set, such as `main`.")
     split: str = Field("train", description="Split of a data set with several.")
     column: str | None = Field(
         None,
         description="Column that holds the query; by default the first of `prompt`, `query`,"
-        " `question`, `instruction` (with Alpaca's `input`) and `messages`.",
+        " `question`, `instruction` (with Alpaca's `input`), `messages` and `problem`.",
+    )
+    answer_column: str | None = None
+
+
+class Data(Table):
+    path: str | None = Field(
+        None,
+        description="Queries for `grpo`: a JSONL file, a file or folder that `datasets` reads, a hub"
+        " id, or `arena` for the built-in 1,000 human ones.",
     )
     answer_column: str | None = Field(
         None, description="Column that holds the key by which a verifier checks answers."
     )
+
+
+class QuestionSet(Verifier, Sampling, Table):
+    """Questions with keys, on which the policy's accuracy is measured while it trains."""
+
+    path: Name = Field(
+        description="The questions: a JSONL file, a file or folder that `datasets` reads, or a hub id."
+    )
+    split: str = Field("test", description="Split of a data set with several.")
+    answer_column: str | None = Field(
+        None,
+        description="Column that holds the keys; by default the first of `answer`, `test`, `test_list`"
+        " and `solution`.",
+    )
+    method: Literal["auto", "math", "exact", "regex", "code"] = Field(  # type: ignore[assignment]
+        "auto",
+        description="How answers are checked, as a verifier does: math, exact, regex, code; auto is"
+        " code for keys in `test` and `test_list`, and math for others.",
+    )
+    prompt: str = Field(
+        "{query}", description="What is asked, with {query} where the question stands."
+    )
+    limit: NonNegativeInt = Field(
+        200, description="Questions asked, the same ones in every run; 0 for all."
+    )
+    num_answers: PositiveInt = Field(1, description="Answers to each question.")
+    pass_at: list[PositiveInt] = Field(
+        default_factory=lambda: [1],
+        min_length=1,
+        description="Each k of pass@k: the chance that one of k answers is right.",
+    )
+    temperature: PositiveFloat = Field(
+        0.01, description="Sampling temperature; the default is the paper's at evaluation."
+    )
+    top_p: Nucleus = Field(1.0, description="Nucleus of the distribution that is sampled from.")
+    top_k: NonNegativeInt = Field(0, description="Tokens sampled from, 0 for all.")
+    max_tokens: PositiveInt = Field(1024, description="Longest answer, in tokens.")
+
+    @pydantic.model_validator(mode="after")
+    def _can_measure(self) -> Self:
+        if "{query}" not in self.prompt:
+            raise ValueError(f"prompt = {self.prompt!r}: needs {{query}} where the question stands")
+        if max(self.pass_at) > self.num_answers:
+            raise ValueError(
+                f"pass_at = {self.pass_at}: pass@{max(self.pass_at)} takes as many answers to each"
+                f" question, and num_answers = {self.num_answers}"
+            )
+        if self.num_answers > 1 and self.temperature < SPREADING_TEMPERATURE:
+            raise ValueError(
+                f"num_answers = {self.num_answers}: at temperature = {self.temperature} all answers to"
+                " a question are nearly the same; set a higher one, such as 0.8"
+            )
+        return self
 
 
 class Eval(Section):
@@ -389,6 +456,10 @@ class Eval(Section):
         description="What to evaluate while training: held-out arena questions.",
     )
     every: PositiveInt = Field(50, description="Steps between evaluations; first and last always.")
+    accuracy: dict[SetName, QuestionSet] = Field(
+        default_factory=dict,
+        description="Question sets by name, each evaluated beside `eval.tasks`.",
+    )
 
 
 class Checkpoint(Section):

@@ -1,4 +1,4 @@
-"""The fixed set of queries that GRPO learns from, and which of them belong to a step.
+"""Queries from files and the hub: those that GRPO learns from, and questions that measure.
 
 JSON files are read here, so that a bad row is named by its line; all else that holds tables (CSV,
 Parquet, folders, the hub) is read by the library `datasets`.
@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from language_self_play.config import Data
+from language_self_play.config import Table
 from language_self_play.errors import InputFileError
 from language_self_play.extras import require
 from language_self_play.randomness import permutation, stream_key
@@ -24,7 +24,11 @@ from language_self_play.recipe_files import read_text
 
 BUILT_IN_QUERIES = "arena"
 # The first of these that a row has is its query; Alpaca's `instruction` is joined with its `input`.
-QUERY_COLUMNS = ("prompt", "query", "question", "instruction", "messages")
+QUERY_COLUMNS = ("prompt", "query", "question", "instruction", "messages", "problem")
+# The same of the key of a question that measures, and of what it is called.
+ANSWER_COLUMNS = ("answer", "test", "test_list", "solution")
+TEST_COLUMNS = ("test", "test_list")  # those whose keys are programs
+ID_COLUMNS = ("id", "task_id", "unique_id", "question_id")
 TABLE_BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*(/\w[\w.-]*)?")
 
@@ -36,8 +40,16 @@ class Question(NamedTuple):
     key: str | None = None
 
 
+class KeyedQuestion(NamedTuple):
+    """A question that measures: its name in the data set, itself, and the key to its answers."""
+
+    id: str
+    query: str
+    key: str
+
+
 def load_queries(
-    section: Data, is_held_out: Callable[[str], bool] = lambda query: False
+    section: Table, is_held_out: Callable[[str], bool] = lambda query: False
 ) -> list[Question]:
     """The data set's questions in order, without evaluation questions.
 
@@ -46,18 +58,46 @@ def load_queries(
     assert section.path is not None, "checked with the configuration"
     questions = [
         question
-        for place, row in _rows(section)
-        if not is_held_out((question := _question(row, place, section)).query)
+        for place, row in _rows(section, "data")
+        if not is_held_out((question := _question(row, place, section, "data")).query)
     ]
     if not questions:
         raise InputFileError(f"{section.path}: holds no queries to learn from")
     return questions
 
 
-def place_of(question: Question, section: Data) -> str:
+def place_of(question: Question, section: Table) -> str:
     """Where the question stands first, such as `queries.jsonl:3`: read again, for a sentence."""
-    rows = _rows(section)
-    return next(place for place, row in rows if _question(row, place, section) == question)
+    rows = _rows(section, "data")
+    return next(place for place, row in rows if _question(row, place, section, "data") == question)
+
+
+def load_keyed_questions(section: Table, setting: str) -> tuple[list[KeyedQuestion], bool]:
+    """(all questions in order, whether their keys are programs); the setting is named in errors.
+
+    Without `answer_column` it is the first of ANSWER_COLUMNS that the first row has. An id is what
+    the first of ID_COLUMNS says, else the row's number, from 1. Raises InputFileError that names the
+    line or row, also for an id that comes twice, ConfigError where `datasets` is not installed.
+    """
+    questions: dict[str, KeyedQuestion] = {}
+    places: dict[str, str] = {}
+    for number, (place, row) in enumerate(_rows(section, setting), 1):
+        if not questions and section.answer_column is None and isinstance(row, Mapping):
+            section = section.model_copy(
+                update={"answer_column": _answer_column(row, place, setting)}
+            )
+        question = _question(row, place, section, setting)
+        assert question.key is not None, "there is an answer column, and each row must have a key"
+        named = next((row[c] for c in ID_COLUMNS if row.get(c) not in (None, "")), number)
+        if (name := str(named)) in questions:
+            raise InputFileError(
+                f"{place}: has the id {name!r}, and so has {places[name]}; every question needs one"
+                " of its own"
+            )
+        questions[name], places[name] = KeyedQuestion(name, question.query, question.key), place
+    if not questions:
+        raise InputFileError(f"{section.path}: holds no questions")
+    return list(questions.values()), section.answer_column in TEST_COLUMNS
 
 
 def queries_of_step(
@@ -79,41 +119,41 @@ def _order(seed: int, epoch: int, length: int) -> list[int]:
 # ---------------------------------------------------------------- where rows come from
 
 
-def _rows(section: Data) -> Iterator[tuple[str, Any]]:
+def _rows(section: Table, setting: str) -> Iterator[tuple[str, Any]]:
     """(where it stands, the row) of every row."""
     path = Path(str(section.path))
     if section.path == BUILT_IN_QUERIES:
         folder = Path(str(resources.files("language_self_play")))
-        return _rows_of_lines(folder / "arena" / "human_queries.jsonl")
+        return _rows_of_lines(folder / "arena" / "human_queries.jsonl", setting)
     names_table = path.is_dir() or path.suffix in TABLE_BUILDERS or _may_be_hub_id(section)
     if names_table:
-        return _rows_of_table(section)
-    _refuse(section, "subset", "split", what="a JSON file")
+        return _rows_of_table(section, setting)
+    _refuse(section, setting, "subset", "split", what="a JSON file")
     if path.suffix == ".json":
-        return _rows_of_array(path)
-    return _rows_of_lines(path)
+        return _rows_of_array(path, setting)
+    return _rows_of_lines(path, setting)
 
 
-def _may_be_hub_id(section: Data) -> bool:
+def _may_be_hub_id(section: Table) -> bool:
     """`owner/name` or `name`, not that of a JSON file, and no such file here."""
     path = Path(str(section.path))
     is_json = path.suffix in (".json", ".jsonl", ".gz")
     return not path.exists() and not is_json and bool(HUB_ID.fullmatch(str(section.path)))
 
 
-def _refuse(section: Data, *fields: str, what: str) -> None:
+def _refuse(section: Table, setting: str, *fields: str, what: str) -> None:
     """Raise InputFileError for a setting that has no effect on what `section.path` names."""
     for field in fields:
         value = getattr(section, field)
-        if value != Data.model_fields[field].default:
+        if value != type(section).model_fields[field].default:
             raise InputFileError(
-                f"data.{field} = {value!r}: {section.path} is {what}, which has no {field}s;"
+                f"{setting}.{field} = {value!r}: {section.path} is {what}, which has no {field}s;"
                 " leave it out"
             )
 
 
-def _rows_of_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
+def _rows_of_lines(path: Path, setting: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_text(path, setting).split("\n"), 1):
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
@@ -122,11 +162,11 @@ def _rows_of_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 raise InputFileError(f"{path}:{number}: not a JSON object: {reason}") from None
 
 
-def _rows_of_array(path: Path) -> Iterator[tuple[str, Any]]:
+def _rows_of_array(path: Path, setting: str) -> Iterator[tuple[str, Any]]:
     """One JSON array of objects, as Alpaca is published; else a JSON object a line."""
-    text = _text(path)
+    text = _text(path, setting)
     if not text.lstrip().startswith("["):
-        yield from _rows_of_lines(path)
+        yield from _rows_of_lines(path, setting)
         return
     try:
         rows = json.loads(text)
@@ -136,31 +176,31 @@ def _rows_of_array(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, row {number}", row
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, setting: str) -> str:
     if path.suffix != ".gz":
-        return read_text(path, "data.path").removeprefix("\ufeff")
+        return read_text(path, f"{setting}.path").removeprefix("\ufeff")
     try:
         with gzip.open(path, "rt", encoding="utf-8-sig", newline="\n") as stream:
             return stream.read()
     except FileNotFoundError:
-        raise InputFileError(f"data.path = {str(path)!r}: no such file") from None
+        raise InputFileError(f"{setting}.path = {str(path)!r}: no such file") from None
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputFileError(f"{path}: can't be unpacked ({error})") from None
 
 
-def _rows_of_table(section: Data) -> Iterator[tuple[str, Any]]:
+def _rows_of_table(section: Table, setting: str) -> Iterator[tuple[str, Any]]:
     """Rows of whatever `datasets` reads."""
     path = str(section.path)
-    datasets = require("datasets", "data", f"data.path = {path!r}")
+    datasets = require("datasets", "data", f"{setting}.path = {path!r}")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is our sentence to say
     options: dict[str, Any] = {}
-    if builder := _table_builder(section):
+    if builder := _table_builder(section, setting):
         options = {"sep": "\t"} if path.endswith(".tsv") else {}
         options |= {"path": builder, "data_files": path}
     try:
         if Path(path, "dataset_info.json").exists() or Path(path, "dataset_dict.json").exists():
-            table = _saved_split(section, datasets.load_from_disk(path))
+            table = _saved_split(section, setting, datasets.load_from_disk(path))
         else:
             table = datasets.load_dataset(
                 **({"path": path, "name": section.subset} | options), split=section.split
@@ -173,31 +213,31 @@ def _rows_of_table(section: Data) -> Iterator[tuple[str, Any]]:
             error = error.__cause__  # what `datasets` wraps says what is wrong
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0].rstrip(".") if lines else type(error).__name__
-        raise InputFileError(f"data.path = {path!r}: can't be read: {reason}") from None
+        raise InputFileError(f"{setting}.path = {path!r}: can't be read: {reason}") from None
     for number, row in enumerate(table, 1):
         yield f"{path}, row {number}", row
 
 
-def _table_builder(section: Data) -> str | None:
+def _table_builder(section: Table, setting: str) -> str | None:
     """What `datasets` calls the file's format, None for folders and the hub. Raises InputFileError."""
     path = Path(str(section.path))
     builder = None if path.is_dir() else TABLE_BUILDERS.get(path.suffix)
     if builder and not path.exists():
-        raise InputFileError(f"data.path = {section.path!r}: no such file")
+        raise InputFileError(f"{setting}.path = {section.path!r}: no such file")
     if builder:
-        _refuse(section, "subset", what="a file")
+        _refuse(section, setting, "subset", what="a file")
     return builder
 
 
-def _saved_split(section: Data, saved: Any) -> Any:
+def _saved_split(section: Table, setting: str, saved: Any) -> Any:
     """The split of what `save_to_disk` wrote: one table, or several by name."""
-    _refuse(section, "subset", what="a saved data set")
+    _refuse(section, setting, "subset", what="a saved data set")
     if not isinstance(saved, dict):
-        _refuse(section, "split", what="a single saved data set")
+        _refuse(section, setting, "split", what="a single saved data set")
         return saved
     if section.split not in saved:
         raise InputFileError(
-            f"data.split = {section.split!r}: {section.path} has no such split; it has"
+            f"{setting}.split = {section.split!r}: {section.path} has no such split; it has"
             f" {', '.join(saved)}"
         )
     return saved[section.split]
@@ -206,7 +246,7 @@ def _saved_split(section: Data, saved: Any) -> Any:
 # ---------------------------------------------------------------- what a row says
 
 
-def _question(row: Any, place: str, section: Data) -> Question:
+def _question(row: Any, place: str, section: Table, setting: str) -> Question:
     """The question of one row. Raises InputFileError."""
     if not isinstance(row, Mapping):
         raise InputFileError(f"{place}: not a JSON object")
@@ -215,12 +255,12 @@ def _question(row: Any, place: str, section: Data) -> Question:
     if name is None or name not in row:
         missing = f"no column {name!r}" if name else f"none of {', '.join(QUERY_COLUMNS)}"
         raise InputFileError(
-            f"{place}: has {missing}, its columns are {columns}; data.column names the query's"
+            f"{place}: has {missing}, its columns are {columns}; {setting}.column names the query's"
         )
     query = _query_text(row[name])
     if query is None:
         raise InputFileError(
-            f"{place}: has no text in column {name!r}; data.column names the column"
+            f"{place}: has no text in column {name!r}; {setting}.column names the column"
         )
     if section.column is None and name == "instruction":
         query += _alpaca_input(row.get("input"), place)
@@ -231,10 +271,22 @@ def _question(row: Any, place: str, section: Data) -> Question:
     if key is None:
         raise InputFileError(
             f"{place}: has no key in column {section.answer_column!r}, its columns are {columns};"
-            " data.answer_column names it"
+            f" {setting}.answer_column names it"
         )
     _refuse_half_characters(key, section.answer_column, place)
+    if section.answer_column == "test" and isinstance(name := row.get("entry_point"), str):
+        key += f"\ncheck({name})\n"  # HumanEval's tests only define it
     return Question(query, key)
+
+
+def _answer_column(row: Mapping[str, Any], place: str, setting: str) -> str:
+    """The column with the keys. Raises InputFileError."""
+    if (name := next((c for c in ANSWER_COLUMNS if c in row), None)) is None:
+        raise InputFileError(
+            f"{place}: has none of {', '.join(ANSWER_COLUMNS)}, its columns are"
+            f" {', '.join(map(str, row)) or 'none'}; {setting}.answer_column names the keys'"
+        )
+    return name
 
 
 def _alpaca_input(value: Any, place: str) -> str:

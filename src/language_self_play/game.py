@@ -17,6 +17,8 @@ from language_self_play.config import Config, as_list
 from language_self_play.data import Question, load_queries, place_of, queries_of_step
 from language_self_play.errors import ConfigError, NonFiniteError
 from language_self_play.evaluate.accuracy import arena_accuracy, evaluation_batches
+from language_self_play.evaluate.exam import Exam
+from language_self_play.evaluate.outcomes import Evaluation, set_metrics
 from language_self_play.guard import in_words, places_of_logprobs, refuse_nonfinite
 from language_self_play.learner import Learner, StepResult
 from language_self_play.metrics import Turn, finite
@@ -72,6 +74,7 @@ class Game:
     challenger_prompts: list[ChallengerPrompt]
     questions: list[Question]
     evaluation: RowBatches
+    exams: list[Exam] = field(default_factory=list)
     stops: Stops = field(default_factory=Stops)
     version: int | None = None  # of the weights, while they may be written: until their update
     skipped: int = 0  # updates in a row
@@ -84,6 +87,8 @@ class Game:
 
     def __exit__(self, *error: object) -> None:
         self.reward.close()
+        for exam in self.exams:
+            exam.close()
 
     @property
     def in_arena(self) -> bool:
@@ -242,22 +247,28 @@ class Game:
             trouble,
         )
 
-    def evaluate(self) -> Record:
-        """The metrics of config.eval.tasks for the current weights."""
-        if "arena" not in self.config.eval.tasks:
-            return {}
-        system_prompt = self.config.solver.system_prompt
-        accuracy = arena_accuracy(
-            self.policy.model, self.policy.chat, self.evaluation, system_prompt
-        )
-        return finite(accuracy.metrics())
+    def evaluate(self) -> Evaluation:
+        """What config.eval asks for, of the current weights."""
+        metrics: Record = {}
+        questions: list[Record] = []
+        chat, system_prompt = self.policy.chat, self.config.solver.system_prompt
+        if "arena" in self.config.eval.tasks:
+            accuracy = arena_accuracy(self.policy.model, chat, self.evaluation, system_prompt)
+            metrics |= accuracy.metrics()
+            questions += accuracy.records()
+        for exam in self.exams:
+            prompts = exam.prompts(chat, self.sampler.context_length, system_prompt)
+            answered = exam.ask(self.sampler, prompts)
+            metrics |= set_metrics(exam.name, answered, exam.section.pass_at)
+            questions += answered
+        return Evaluation(finite(metrics), questions)
 
 
 def prepare(config: Config) -> Game:
     """Check everything that needs no weights, then load them."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device, reward, questions = check_without_weights(config)
+    device, reward, questions, exams = check_without_weights(config)
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     threads = torch.get_num_threads()
     resolved = {"threads": threads, "dtype": dtype, "device": str(device)}
@@ -271,11 +282,15 @@ def prepare(config: Config) -> Game:
     prompts = challenger_prompts(config) if config.algorithm != "grpo" else []
     learner = Learner(policy, config)
     evaluation = evaluation_batches(config.learner.tokens_per_micro_batch)
-    return Game(config, policy, sampler, learner, reward, judge, prompts, questions, evaluation)
+    return Game(
+        config, policy, sampler, learner, reward, judge, prompts, questions, evaluation, exams
+    )
 
 
-def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list[Question]]:
-    """Device, reward and GRPO's questions: whatever can be wrong before weights load shows here.
+def check_without_weights(
+    config: Config,
+) -> tuple[torch.device, RewardSum, list[Question], list[Exam]]:
+    """Device, reward, GRPO's questions, exams: what can be wrong before weights load shows here.
 
     Raises ConfigError, InputFileError, ModelError or RewardError.
     """
@@ -300,7 +315,10 @@ def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list
             check_challenger_prompt(chat.encode(prompt.text), context)
     if config.algorithm == "lsp":
         JudgeQuestions(config.self_reward, chat, context)
-    return device, reward, questions
+    exams = [Exam(name, section) for name, section in config.eval.accuracy.items()]
+    for exam in exams:
+        exam.prompts(chat, context, config.solver.system_prompt)
+    return device, reward, questions, exams
 
 
 def check_queries(questions: list[Question], config: Config, chat: Chat, context: int) -> None:

@@ -70,8 +70,10 @@ def longest_turns(config: Config) -> dict[str, Turn]:
     from language_self_play.game import challenger_prompts, check_without_weights
     from language_self_play.memory import Turn
 
-    _, reward, questions = check_without_weights(config)
+    _, reward, questions, exams = check_without_weights(config)
     reward.close()
+    for exam in exams:
+        exam.close()
     chat = load_chat(config.policy)
     N, G = config.challenger.num_queries, config.solver.group_size
     if config.algorithm == "grpo":

@@ -23,14 +23,19 @@ class Progress(Protocol):
         """A step has been recorded; the last record has no games."""
 
 
-def build_progress(config: Config, start: int) -> Progress:
-    """The watcher that config.log asks for, for a run that plays from step `start`."""
+def build_progress(config: Config, start: int, first: Record | None = None) -> Progress:
+    """The watcher that config.log asks for, for a run that plays from step `start`.
+
+    `first` is the record of step 0, if there is one: what evaluations are compared with.
+    """
     kind = config.log.progress
     if kind == "auto":
         kind = "bar" if sys.stdout.isatty() else "plain"
     if kind == "none":
         return Silent()
-    return (LiveBar if kind == "bar" else PlainLines)(config.steps, start, config.log.game_every_s)
+    return (LiveBar if kind == "bar" else PlainLines)(
+        config.steps, start, config.log.game_every_s, first=first
+    )
 
 
 class Silent:
@@ -49,7 +54,14 @@ class Silent:
 class PlainLines(Silent):
     """Every few seconds a line of numbers and one game; for logs."""
 
-    def __init__(self, steps: int, start: int, every_s: float, out: IO[str] | None = None):
+    def __init__(
+        self,
+        steps: int,
+        start: int,
+        every_s: float,
+        out: IO[str] | None = None,
+        first: Record | None = None,
+    ):
         self.steps = steps
         self.start = start
         self.every_s = every_s
@@ -58,9 +70,11 @@ class PlainLines(Silent):
         self.shown = float("-inf")
         self.state: Record = {}
         self.is_read = True
+        self.first = first or {}
 
     def step(self, record: Record, games: list[Record]) -> None:
         self.state |= record
+        self.first = self.first or record
         now = time.monotonic()
         finished = record["step"] >= self.steps - 1
         if not self.is_read or (now - self.shown < max(self.every_s, 1.0) and not finished):
@@ -68,9 +82,8 @@ class PlainLines(Silent):
         self.shown = now
         done = record["step"] + 1 - self.start
         left = (now - self.began) / max(done, 1) * max(0, self.steps - record["step"] - 1)
-        lines = [
-            f"step {record['step']}/{self.steps}  {_duration(left)} left  {headline(self.state)}"
-        ]
+        said = headline(self.state, self.first)
+        lines = [f"step {record['step']}/{self.steps}  {_duration(left)} left  {said}"]
         if times := time_line(record):
             lines.append(f"    {times}")
         if self.every_s and (game := choose_game(games)):
@@ -84,7 +97,14 @@ class PlainLines(Silent):
 class LiveBar(Silent):
     """A bar, below it the numbers that matter, and every few seconds one game above it."""
 
-    def __init__(self, steps: int, start: int, every_s: float, console: Any = None):
+    def __init__(
+        self,
+        steps: int,
+        start: int,
+        every_s: float,
+        console: Any = None,
+        first: Record | None = None,
+    ):
         from rich.console import Console
         from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -93,6 +113,7 @@ class LiveBar(Silent):
         self.every_s = every_s
         self.shown = time.monotonic()
         self.state: Record = {}
+        self.first = first or {}
         self.console = console or Console()
         self.bar = RichProgress(
             TextColumn("step"),
@@ -116,13 +137,14 @@ class LiveBar(Silent):
         from rich.console import Group
         from rich.text import Text
 
-        lines = [headline(self.state), time_line(self.state)]
+        lines = [headline(self.state, self.first), time_line(self.state)]
         return Group(self.bar, *(Text(line, overflow="fold") for line in lines if line))
 
     def step(self, record: Record, games: list[Record]) -> None:
         from rich.text import Text
 
         self.state |= record
+        self.first = self.first or record
         total = int(self.bar.tasks[0].total or 0)
         self.bar.update(self.task, completed=min(record["step"] + 1, total))
         self.live.update(self._view())
@@ -138,11 +160,16 @@ class LiveBar(Silent):
 # ---------------------------------------------------------------- words
 
 
-def headline(record: Record) -> str:
-    """The numbers that matter: held-out accuracy, V̄, V_Q, KL of both roles, validity."""
+def headline(record: Record, first: Record | None = None) -> str:
+    """The numbers that matter: accuracies, V̄, V_Q, KL of both roles, validity.
+
+    An accuracy stands with its difference to that of the record `first`, in percentage points.
+    """
     parts = []
-    if "eval/sampled_accuracy" in record:
-        parts.append(f"held-out {record['eval/sampled_accuracy']:.1%}")
+    for key, name in accuracies(record).items():
+        before = (first or {}).get(key)
+        change = "" if before in (None, record[key]) else f" ({100 * (record[key] - before):+.1f})"
+        parts.append(f"{name} {record[key]:.1%}{change}")
     if "reward/mean" in record:
         parts.append(f"V̄ {record['reward/mean']:.2f}")
     if "quality/mean" in record:
@@ -155,6 +182,15 @@ def headline(record: Record) -> str:
     if "queries/unsolvable_fraction" in record:
         parts.append(f"unsolvable {record['queries/unsolvable_fraction']:.0%}")
     return "  ".join(parts)
+
+
+def accuracies(record: Record) -> dict[str, str]:
+    """Metric -> name, of the accuracies in a record: the arena's, then those of question sets."""
+    found = {"eval/sampled_accuracy": "held-out"} if "eval/sampled_accuracy" in record else {}
+    for key in record:
+        if key.startswith("eval/") and key.endswith("/accuracy"):
+            found[key] = key.removeprefix("eval/").removesuffix("/accuracy")
+    return found
 
 
 # What a step's time goes into, in the order in which it happens.

@@ -1,6 +1,7 @@
 """The run folder: plain files that hold everything a run did, and nothing else does.
 
-    config.toml  metrics.jsonl  events.jsonl  games/step-000012.jsonl  checkpoints/  model/  run.lock
+    config.toml  metrics.jsonl  events.jsonl  games/step-000012.jsonl  evaluations/step-000100.jsonl
+    checkpoints/  model/  run.lock
 
 docs/run-folder.md tells what each is, what is atomic, and how to recover. Values that can't be
 reproduced stand under `time/` or `memory/`; metrics and games hold no timestamps, so that a resumed
@@ -16,7 +17,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -53,10 +54,11 @@ class RunFolder:
         self.metrics_file = self.folder / "metrics.jsonl"
         self.events_file = self.folder / "events.jsonl"
         self.games_folder = self.folder / "games"
+        self.evaluations_folder = self.folder / "evaluations"
         self.checkpoints_folder = self.folder / "checkpoints"
         self.model_folder = self.folder / "model"
         self.adapter_folder = self.folder / "adapter"
-        self._unwritten: list[tuple[int, str, str]] = []  # step, games, record
+        self._unwritten: list[tuple[dict[Path, str], str]] = []  # files of a step, its record
         self._untold: list[str] = []  # events
         self._warned: dict[str, int] = {}  # what couldn't be written -> the error's number
 
@@ -166,14 +168,16 @@ class RunFolder:
         left_open = [name for name in RESOLVED if getattr(config, name) in (None, "auto")]
         return config.model_copy(update={name: getattr(before, name) for name in left_open})
 
-    def record(self, record: Record, games: list[Record]) -> None:
-        """Append one step's metrics, and write its games.
+    def record(self, record: Record, games: list[Record], questions: Sequence[Record] = ()) -> None:
+        """Append one step's metrics, and write its games and the questions of its evaluation.
 
         What the disk can't take now (a reason in durable.PASSING) is kept, and written with the next
         step's. Raises Paused once more than UNWRITTEN_STEPS wait; RunFolderError for other reasons.
         """
-        line = _json_line(record)
-        self._unwritten.append((record["step"], "".join(map(_json_line, games)), line))
+        step = record["step"]
+        files = {self._games_file(step): games, self._evaluation_file(step): questions}
+        texts = {file: "".join(map(_json_line, rows)) for file, rows in files.items() if rows}
+        self._unwritten.append((texts, _json_line(record)))
         try:
             self.flush()
         except RunFolderError as error:
@@ -182,12 +186,14 @@ class RunFolder:
                 self.stop(error)
 
     def flush(self) -> None:
-        """Write the records that wait, games first. Raises RunFolderError."""
+        """Write the records that wait, games and questions first. Raises RunFolderError."""
         while self._unwritten:
-            step, games, line = self._unwritten[0]
+            files, line = self._unwritten[0]
             with _Sentences(self.folder):
-                if games:
-                    replace_text(self._games_file(step), games)
+                for file, text in files.items():
+                    if not file.parent.exists():
+                        file.parent.mkdir()
+                    replace_text(file, text)
                 append_text(self.metrics_file, line)
             del self._unwritten[0]
         self.written("records")
@@ -245,15 +251,18 @@ class RunFolder:
 
     def games(self, step: int) -> list[Record]:
         """The games of a step; empty if it has none."""
-        file = self._games_file(step)
-        if not file.is_file():
-            return []
-        # Not splitlines: a text may hold U+2028 and its like, which are no ends of JSON lines.
-        lines = file.read_text("utf-8").split("\n")
-        return [_parse_line(line, file, n) for n, line in enumerate(lines, 1) if line]
+        return _read_lines(self._games_file(step))
+
+    def evaluation(self, step: int) -> list[Record]:
+        """Every question of the evaluation of weights version `step`; empty if there was none."""
+        return _read_lines(self._evaluation_file(step))
+
+    def evaluated_steps(self) -> list[int]:
+        """The versions that were evaluated question by question, in order."""
+        return sorted(map(step_of, self.evaluations_folder.glob("step-*.jsonl")))
 
     def truncate(self, step: int) -> None:
-        """Drop the records and games of `step` and later, as if the run had just reached it.
+        """Drop the records, games and evaluations of `step` and later, as if the run had just reached it.
 
         Lines that were torn or damaged after that don't matter. One before is left out, with a
         warning, and metrics.damaged.jsonl keeps the file as it was. Raises RunFolderError.
@@ -269,9 +278,10 @@ class RunFolder:
                     stacklevel=2,
                 )
             replace_text(self.metrics_file, "".join(kept))
-            for file in self.games_folder.glob("step-*.jsonl"):
-                if step_of(file) >= step:
-                    file.unlink()
+            for folder in (self.games_folder, self.evaluations_folder):
+                for file in folder.glob("step-*.jsonl"):
+                    if step_of(file) >= step:
+                        file.unlink()
 
     def _lines_before(self, step: int) -> tuple[list[str], list[int]]:
         """The lines of metrics.jsonl with records before `step`, and the numbers of damaged ones."""
@@ -292,6 +302,9 @@ class RunFolder:
 
     def _games_file(self, step: int) -> Path:
         return self.games_folder / f"step-{step:06d}.jsonl"
+
+    def _evaluation_file(self, step: int) -> Path:
+        return self.evaluations_folder / f"step-{step:06d}.jsonl"
 
 
 class _Sentences:
@@ -347,6 +360,15 @@ def _step_in(line: str) -> int | None:
     except (ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) else None
+
+
+def _read_lines(file: Path) -> list[Record]:
+    """The objects of a file of JSON lines; empty if it is not there. Raises RunFolderError."""
+    if not file.is_file():
+        return []
+    # Not splitlines: a text may hold U+2028 and its like, which are no ends of JSON lines.
+    lines = file.read_text("utf-8").split("\n")
+    return [_parse_line(line, file, n) for n, line in enumerate(lines, 1) if line]
 
 
 def _parse_line(line: str, file: Path, number: int) -> Record:

@@ -33,7 +33,7 @@ def fields(section: Tree, prefix: str = "", kind: str | None = None) -> Iterator
     for name, field in section.model_fields.items():
         if below := _section_of(field.annotation):
             yield from fields(below, f"{prefix}{name}.", kind)
-        elif parts := _kinds_of(field.annotation):
+        elif parts := _parts_of(field.annotation):
             for part_kind, part in parts.items():
                 yield from fields(part, f"{prefix}{name}.NAME.", part_kind)
         elif name != "kind":
@@ -54,7 +54,8 @@ def kinds(section: Tree) -> dict[str, str]:
     return {
         kind: (part.__doc__ or "").strip()
         for field in section.model_fields.values()
-        for kind, part in _kinds_of(field.annotation).items()
+        for kind, part in _parts_of(field.annotation).items()
+        if kind is not None
     }
 
 
@@ -66,11 +67,13 @@ def _section_of(annotation: Any) -> Tree | None:
     return None
 
 
-def _kinds_of(annotation: Any) -> dict[str, Tree]:
-    """Kind -> section, of a field that holds a table of named parts."""
+def _parts_of(annotation: Any) -> dict[str | None, Tree]:
+    """Kind -> section, of a field that holds a table of named parts; None if there are no kinds."""
     if get_origin(annotation) is not dict:
         return {}
     parts = get_args(annotation)[1]
+    if isinstance(parts, type):
+        return {None: parts} if issubclass(parts, BaseModel) else {}
     union = get_args(parts)[0] if get_origin(parts) is Annotated else parts
     return {
         get_args(part.model_fields["kind"].annotation)[0]: part
@@ -114,8 +117,9 @@ def _sentence(problem: Mapping[str, Any], tree: Tree) -> tuple[str, str]:
     # Unions put their branch into the location (a kind, or a type); the user never typed it there.
     location = [str(part) for part in problem["loc"]]
     kind = None
-    if _holds_parts(tree, location) and len(location) > 2:
-        kind = location.pop(2)
+    names = _place_of_name(location, tree)
+    if names is not None and names.have_kinds and len(location) > names.place + 1:
+        kind = location.pop(names.place + 1)
     branches = [part for part in location if part == "str" or part.startswith("list[")]
     if branches:
         location = location[: location.index(branches[0])]
@@ -139,6 +143,9 @@ def _sentence(problem: Mapping[str, Any], tree: Tree) -> tuple[str, str]:
             sentence = f"{name} = {given}: must be a table, such as [{name}]"
         case "string_type" | "list_type" | "too_short" if branches:
             sentence = f"{name} = {given}: must be text or a list of at least one text"
+        case "string_pattern_mismatch" if location[-1] == "[key]":
+            name = ".".join(location[:-2])
+            sentence = f"{name}: {given} can't be a name; use letters, digits, '_', '-' and '.'"
         case "string_pattern_mismatch":
             meaning = _description(location, kind, tree)
             sentence = f"{name} = {given}: must be one of: {meaning}"
@@ -150,8 +157,8 @@ def _sentence(problem: Mapping[str, Any], tree: Tree) -> tuple[str, str]:
 
 def _unknown_name(name: str, location: list[str], kind: str | None, tree: Tree) -> str:
     *sections, leaf = location
-    if _holds_parts(tree, location):
-        sections = [sections[0], "NAME"]
+    if (names := _place_of_name(location, tree)) is not None:
+        sections[names.place] = "NAME"
     prefix = "".join(f"{s}." for s in sections)
     everything = list(fields(tree))
     known = {
@@ -175,13 +182,27 @@ def _unknown_name(name: str, location: list[str], kind: str | None, tree: Tree) 
 
 
 def _description(location: list[str], kind: str | None, tree: Tree) -> str:
-    if _holds_parts(tree, location):
-        location = [location[0], "NAME", *location[2:]]
+    if (names := _place_of_name(location, tree)) is not None:
+        location = [*location[: names.place], "NAME", *location[names.place + 1 :]]
     known = {f.name: f.description for f in fields(tree) if f.kind == kind}
     return known.get(".".join(location), "`lsp config` lists every setting").rstrip(".")
 
 
-def _holds_parts(tree: Tree, location: list[str]) -> bool:
-    """Whether `location` is in a table of named parts."""
-    field = tree.model_fields.get(location[0]) if location else None
-    return field is not None and bool(_kinds_of(field.annotation))
+class _Names(NamedTuple):
+    """Where in a location the name stands that the user gave a part, and whether parts have kinds."""
+
+    place: int
+    have_kinds: bool
+
+
+def _place_of_name(location: list[str], tree: Tree) -> _Names | None:
+    """None if nothing in `location` is a name of the user's, or it ends with that name."""
+    section: Tree | None = tree
+    for place, part in enumerate(location[:-2], 1):
+        field = section.model_fields.get(part) if section else None
+        if field is None:
+            return None
+        if parts := _parts_of(field.annotation):
+            return _Names(place, None not in parts)
+        section = _section_of(field.annotation)
+    return None

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from language_self_play.arena.tasks import TIERS
-from language_self_play.progress import game_pieces, is_scored
+from language_self_play.progress import accuracies, game_pieces, is_scored
 from language_self_play.run_folder import Record, RunFolder
 
 
@@ -21,6 +21,8 @@ def print_summary(run: RunFolder, console: Any) -> None:
     evaluations = [r for r in records if "eval/sampled_accuracy" in r]
     if len(evaluations) >= 2:
         console.print(accuracy_table(evaluations[0], evaluations[-1]))
+    for line in changes_of_sets(records):
+        console.print(f"\n{line}", highlight=False, markup=False)
     games = three_games(run, records)
     if games:
         note = " (numbers are answered units first)" if "tier" in games[0] else ""
@@ -83,6 +85,20 @@ def accuracy_table(before: Record, after: Record) -> Any:
             cells.append(f"{100 * (values[1][0] - values[0][0]):+.1f}")
         table.add_row(tier or "all", *cells, style=None if tier else "bold")
     return table
+
+
+def changes_of_sets(records: list[Record]) -> list[str]:
+    """A line for each question set: accuracy at its first and its last evaluation, and the change."""
+    lines = []
+    for key, name in accuracies({k: None for record in records for k in record}).items():
+        values = [(r[key], r[f"{key}_ci95"]) for r in records if key in r]
+        if key.endswith("/accuracy") and len(values) > 1:
+            before, after = (
+                f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in (values[0], values[-1])
+            )
+            change = 100 * (values[-1][0] - values[0][0])
+            lines.append(f"{name}, accuracy in %: {before} before, {after} after, {change:+.1f}")
+    return lines
 
 
 def three_games(run: RunFolder, records: list[Record]) -> list[Record]:

@@ -22,6 +22,7 @@ from language_self_play.errors import (
     RunFolderError,
     ServiceError,
 )
+from language_self_play.evaluate.outcomes import Evaluation
 from language_self_play.game import Game, prepare
 from language_self_play.guard import write_batch
 from language_self_play.lock import RunLock
@@ -33,6 +34,8 @@ from language_self_play.progress import Progress, build_progress
 from language_self_play.run_folder import RunFolder, free_run_folder
 from language_self_play.signals import Abandoned, Stops
 from language_self_play.stopwatch import Stopwatch
+
+NOTHING = Evaluation({}, [])
 
 
 def self_play(
@@ -103,7 +106,7 @@ def _self_play(
         lock.take()
         folder.create(config)
     folder.event("resumed" if resume else "started", step=start)
-    with game, progress or build_progress(config, start) as seen:
+    with game, progress or build_progress(config, start, next(folder.metrics(), {})) as seen:
         try:
             play(game, folder, start, seen)
         except ServiceError as error:
@@ -140,7 +143,7 @@ def play(game: Game, run: RunFolder, start: int, progress: Progress) -> None:
 
     for step in range(start, config.steps):
         sync(step)  # on-policy: the sampler holds θ_step
-        evaluation = evaluate() if step % config.eval.every == 0 else {}
+        evaluation = evaluate() if step % config.eval.every == 0 else NOTHING
         posed = pose(step)  # q_i ~ π_θ(· | challenger prompt); None in GRPO
         queries, keys = (posed.queries, None) if posed else game.questions_of_step(step)
         solved = answer(sampler, queries, config.solver)  # a_ij ~ π_θ(· | q_i)
@@ -153,8 +156,10 @@ def play(game: Game, run: RunFolder, start: int, progress: Progress) -> None:
         result = learn(step, queries, posed, solved, R_Q)  # down L_Sol + α_Ch · L_Ch
         turn = game.turn(step, queries, posed, solved, R, R_Q, result)
         games = game_records(turn, game.describe)
-        record = step_record(turn, watch.lap(), policy.device, game.describe) | evaluation
-        run.record(record, games)  # before the checkpoint that would skip this step on resume
+        record = step_record(turn, watch.lap(), policy.device, game.describe) | evaluation.metrics
+        run.record(
+            record, games, evaluation.questions
+        )  # before the checkpoint that would skip this step on resume
         progress.step(record, games)
         guard(game, run, turn)  # tells of what went wrong; stops when that goes on
         if game.checkpoint_is_due(step + 1):
@@ -165,9 +170,9 @@ def play(game: Game, run: RunFolder, start: int, progress: Progress) -> None:
     sync(config.steps)
     evaluation = evaluate()
     game.stops.commit()
-    if evaluation:
-        run.record({"step": config.steps, **evaluation}, [])
-        progress.step({"step": config.steps, **evaluation}, [])
+    if evaluation.metrics:
+        run.record({"step": config.steps, **evaluation.metrics}, [], evaluation.questions)
+        progress.step({"step": config.steps, **evaluation.metrics}, [])
     save_model(run, policy, model_card)
     run.event("finished", step=config.steps)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-Role = Literal["challenger", "solver", "judge"]
+Role = Literal["challenger", "solver", "judge", "evaluation"]
 FinishReason = Literal["stop", "length"]
 
 

@@ -1,21 +1,44 @@
-"""`lsp eval accuracy`: exact accuracy on the arena's held-out questions."""
+"""`lsp eval accuracy`: on the arena's held-out questions, or on any questions with keys."""
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from language_self_play.cli import Parser
 from language_self_play.cli.evaluate import check_report, write_report
+from language_self_play.errors import ConfigError
+
+if TYPE_CHECKING:
+    from language_self_play.config import QuestionSet
+    from language_self_play.evaluate.exam import Exam
 
 DESCRIPTION = """\
-The exact probability of the right answer to each of the arena's held-out questions at temperature 1,
-and whether greedy decoding gives it."""
+How many questions MODEL answers right, with 95 % intervals.
+
+SET is `arena` (the default): the exact probability of the right answer to each of the arena's held-out
+questions at temperature 1, and whether greedy decoding gives it. Or it is a file of questions with keys,
+or a hub id: GSM8K, MATH, HumanEval and their kin. NAME=FILE names it. Or it is the name of a set in
+MODEL's own [eval.accuracy.NAME].
+
+Every setting of [eval.accuracy.NAME] is a flag here (`lsp config eval.accuracy`); --limit is 0, all
+questions, unless given."""
 
 EPILOG = """\
 examples:
-  lsp eval accuracy arena                    the built-in model
-  lsp eval accuracy runs/arena/model         a trained one
-  lsp eval accuracy runs/arena/model --json accuracy.json"""
+  lsp eval accuracy arena                                the built-in model
+  lsp eval accuracy runs/arena --json accuracy.json      a trained one, question by question
+  lsp eval accuracy ./model gsm8k=gsm8k/test.jsonl --limit 200 --json gsm8k.json
+  lsp eval accuracy ./model HumanEval.jsonl.gz --num_answers 20 --temperature 0.8 --pass_at "[1, 10]"
+  lsp eval accuracy ./model openai/gsm8k --subset main
+
+With --json FILE answers are kept in FILE.part as they come: after Ctrl-C the same command goes on."""
+
+OWN_FLAGS = {"--json", "--device", "--seed", "--batch-size"}
+# Questions that are asked, checked and kept together.
+BATCH = 32
 
 
 def run(arguments: list[str]) -> int:
@@ -23,16 +46,39 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "model", metavar="MODEL", help="a run, a model folder, a hub id, or `arena`"
     )
+    parser.add_argument(
+        "set", metavar="SET", nargs="?", default="arena", help="`arena`, a file, a hub id, a name"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write every question")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    options = parser.parse_args(arguments)
-    return _accuracy(options.model, options.device, options.json)
+    parser.add_argument("--seed", type=int, default=0, help="of the answers' draws")
+    parser.add_argument(
+        "--batch-size", type=int, default=256, metavar="B", help="answers decoded at once"
+    )
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        parser.parse_args(["--help"])
+
+    from language_self_play.cli.overrides import split_overrides
+
+    own, overrides = split_overrides(arguments, OWN_FLAGS)
+    options = parser.parse_args(own)
+    for flag, value, least in (("seed", options.seed, 0), ("batch-size", options.batch_size, 1)):
+        if value < least:
+            raise ConfigError(f"--{flag} = {value}: must be at least {least}")
+    check_report(options.json)
+    if options.set == "arena":
+        if overrides:
+            raise ConfigError(
+                f"--{next(iter(overrides))}: has no effect on the arena's questions, which are asked as"
+                " they are; leave it out, or name a SET"
+            )
+        return _arena(options.model, options.device, options.json)
+    return _exam(options, overrides)
 
 
-def _accuracy(model: str, device: str, json_file: Path | None) -> int:
+def _arena(model: str, device: str, json_file: Path | None) -> int:
     from language_self_play.evaluate.subject import subject
 
-    check_report(json_file)
     section, system_prompt = subject(model)
 
     from dataclasses import asdict
@@ -66,8 +112,125 @@ def _accuracy(model: str, device: str, json_file: Path | None) -> int:
     row("all", "all", accuracy, "bold")
     Console().print(table)
     if json_file is not None:
+        questions = [asdict(r) for r in accuracy.results]
         write_report(
             json_file,
-            {**accuracy.metrics(), "questions": [asdict(r) for r in accuracy.results]},
+            {"model": model, "set": "arena", **accuracy.metrics(), "questions": questions},
         )
     return 0
+
+
+def _exam(options: Any, overrides: dict[str, Any]) -> int:
+    """Ask a question set."""
+    from language_self_play.evaluate.subject import subject
+
+    name, settings = _question_set(options.model, options.set, overrides)
+    section, system_prompt = subject(options.model)
+
+    from language_self_play.chat import load_chat
+    from language_self_play.evaluate.exam import Exam
+    from language_self_play.evaluate.kept import KeptRecords, written_when
+    from language_self_play.evaluate.outcomes import set_metrics
+    from language_self_play.policy import load_chat_model
+    from language_self_play.pretrained import (
+        choose_device,
+        choose_dtype,
+        context_length,
+        load_model_config,
+        resolve_model,
+    )
+    from language_self_play.sampling.transformers import TransformersSampler
+
+    device = choose_device(options.device)
+    with Exam(name, settings) as exam:
+        chat = load_chat(section)
+        context = context_length(load_model_config(section.path, section.trust_remote_code))
+        prompts = exam.prompts(chat, context, system_prompt)
+        asked = {
+            "model": options.model,
+            "set": name,
+            "settings": settings.model_dump(mode="json", exclude_none=True),
+            "seed": options.seed,
+        }
+        identity = {
+            **asked,
+            "files": written_when(Path(resolve_model(section.path))),
+            "questions": [list(question) for question in exam.questions],
+            "prompts": prompts,
+        }
+        part = None if options.json is None else options.json.with_name(f"{options.json.name}.part")
+        kept = KeptRecords(part, {"asked": _digest(identity)}, BATCH)
+        total = len(exam.questions)
+        if kept.records:
+            _tell(f"{len(kept.records)} of {total} questions were answered before ({part})")
+        if len(kept.records) < total:
+            chat, model = load_chat_model(section, device, choose_dtype("auto", device))
+            sampler = TransformersSampler(model, chat, options.seed, options.batch_size)
+            while (start := len(kept.records)) < total:
+                sampler.sync(model, start)  # draws are functions of where the batch begins
+                kept.add(exam.ask(sampler, prompts, start, start + BATCH))
+                _tell(_so_far(kept.records, total))
+    metrics = set_metrics(name, kept.records, settings.pass_at)
+    _print(options.model, exam, metrics)
+    if options.json is not None:
+        write_report(options.json, {**asked, **metrics, "questions": kept.records})
+        kept.remove()
+    return 0
+
+
+def _question_set(model: str, named: str, overrides: dict[str, Any]) -> tuple[str, QuestionSet]:
+    """(the name of SET, its settings with those of flags). Raises ConfigError."""
+    from language_self_play.config import Config
+    from language_self_play.recipe_files import merge
+    from language_self_play.run_folder import RunFolder
+
+    run = RunFolder.holding(Path(model))
+    own = {} if run is None else Config.from_table(run.config()).eval.accuracy
+    settings: dict[str, Any]
+    if named in own:
+        name, settings = named, own[named].model_dump(exclude_none=True)
+    else:
+        name, equals, path = named.partition("=")
+        if not equals:
+            path = named
+            name = re.sub(r"\W+", "-", Path(named).name.split(".")[0]).strip("-_") or "questions"
+        settings = {"path": path}
+    table = {"eval": {"accuracy": {name: {**settings, "limit": 0, **overrides}}}}
+    # Validated as part of a run's settings, so that a mistake is the same sentence everywhere.
+    rest = {"policy": {"path": "arena"}, "reward": {"arena": {"kind": "arena"}}}
+    return name, Config.from_table(merge(rest, table)).eval.accuracy[name]
+
+
+def _print(model: str, exam: Exam, metrics: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    asked = len(exam.questions)
+    of = "" if asked == exam.size else f" of {exam.size:,}"
+    table = Table(title=Text(f"{model} on {exam.name}, {asked:,}{of} questions, in %"))
+    for column in ("measure", "value", "95 %"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
+    prefix = f"eval/{exam.name}/"
+    for k in sorted({1, *exam.section.pass_at}):
+        key = prefix + ("accuracy" if k == 1 else f"pass_at_{k}")
+        label = "accuracy (pass@1)" if k == 1 else f"pass@{k}"
+        table.add_row(label, f"{100 * metrics[key]:.1f}", f"± {100 * metrics[f'{key}_ci95']:.1f}")
+    table.add_row("answers cut off", f"{100 * metrics[f'{prefix}truncated']:.1f}", "")
+    Console().print(table)
+
+
+def _so_far(records: list[dict[str, Any]], total: int) -> str:
+    right = [answer["right"] for record in records for answer in record["answers"]]
+    return f"{len(records)} of {total} questions, {sum(right) / len(right):.1%} right"
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _digest(value: Any) -> str:
+    import hashlib
+    import json
+
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

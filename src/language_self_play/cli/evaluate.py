@@ -15,7 +15,7 @@ from language_self_play.errors import ConfigError, InputFileError
 MEASURES = {
     "accuracy": (
         "language_self_play.cli.eval_accuracy",
-        "exact accuracy on the arena's held-out questions",
+        "on the arena's held-out questions, GSM8K, HumanEval, or any with keys",
     ),
     "win-rate": (
         "language_self_play.cli.eval_win_rate",
@@ -24,6 +24,14 @@ MEASURES = {
     "alpaca": (
         "language_self_play.cli.eval_alpaca",
         "AlpacaEval 2.0, of a model or of annotations that exist",
+    ),
+    "harness": (
+        "language_self_play.cli.eval_harness",
+        "any task of lm-eval, EleutherAI's harness",
+    ),
+    "table": (
+        "language_self_play.cli.eval_table",
+        "runs and files of results side by side, as the paper does",
     ),
 }
 

@@ -12,13 +12,12 @@ from transformers import PreTrainedModel
 from language_self_play.arena.questions import held_out_problems
 from language_self_play.arena.tasks import TIERS
 from language_self_play.chat import Chat
+from language_self_play.evaluate.intervals import normal_interval, wilson_interval
+from language_self_play.evaluate.outcomes import ARENA, Record
 from language_self_play.packing import pad_left
 from language_self_play.row_batches import RowBatches
 
 Row = tuple[list[int], list[int]]  # prompt, answer
-
-# Two-sided 95 % of a normal distribution.
-Z_95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,25 @@ class Accuracy:
 
     def sampled(self, tier: str | None = None) -> tuple[float, float]:
         """(mean probability of the right answer at temperature 1, half-width of its interval)."""
-        return _mean_interval([r.probability for r in self._of(tier)])
+        return normal_interval([r.probability for r in self._of(tier)])
 
     def greedy(self, tier: str | None = None) -> tuple[float, float]:
         """(share of questions that greedy decoding answers right, half-width of its interval)."""
-        return _share_interval([r.greedy for r in self._of(tier)])
+        return wilson_interval([r.greedy for r in self._of(tier)])
+
+    def records(self) -> list[Record]:
+        """Every question's record, as outcomes.py says."""
+        return [
+            {
+                "set": ARENA,
+                "id": r.query,
+                "tier": r.tier,
+                "task": r.task,
+                "probability": r.probability if math.isfinite(r.probability) else None,
+                "greedy": r.greedy,
+            }
+            for r in self.results
+        ]
 
     def metrics(self) -> dict[str, float]:
         """The metrics of an evaluation, overall and by tier."""
@@ -128,17 +141,3 @@ def _one_batch(model: PreTrainedModel, chat: Chat, rows: list[Row]) -> list[tupl
     likeliest = logits.argmax(-1)
     right = (likeliest[:, :-1] == answers).all(-1) & torch.isin(likeliest[:, -1], eos)
     return list(zip((of_answer + of_stop).exp().tolist(), right.tolist(), strict=True))
-
-
-def _mean_interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half-width of the normal 95 % interval over questions)."""
-    mean = sum(values) / len(values)
-    variance = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
-    return mean, Z_95 * math.sqrt(variance / len(values))
-
-
-def _share_interval(flags: list[bool]) -> tuple[float, float]:
-    """(share, half-width of Wilson's 95 % score interval), which is not 0 for a share of 1."""
-    n, share = len(flags), sum(flags) / len(flags)
-    spread = math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
-    return share, Z_95 * spread / (1 + Z_95**2 / n)

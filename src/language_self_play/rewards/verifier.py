@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Callable
 
-from language_self_play.config import Config, VerifierReward
+from language_self_play.config import Config, Verifier, VerifierReward
 from language_self_play.errors import RewardError
 from language_self_play.extras import require
 from language_self_play.rewards import Reward, shown
@@ -22,9 +23,9 @@ class TextVerifier(Reward):
     """1 where `agrees(answer, key)`."""
 
     def __init__(
-        self, name: str, agrees: Callable[[str, str | None], bool], needs_key: bool = False
+        self, setting: str, agrees: Callable[[str, str | None], bool], needs_key: bool = False
     ) -> None:
-        self.name = name
+        self.setting = setting
         self.agrees = agrees
         self.needs_key = needs_key
 
@@ -32,7 +33,7 @@ class TextVerifier(Reward):
         self, queries: list[str], answers: list[list[str]], keys: list[str | None]
     ) -> list[list[float]]:
         if self.needs_key:
-            known_keys(self.name, queries, keys)
+            known_keys(self.setting, queries, keys)
         return [
             [float(self.agrees(answer, key)) for answer in group]
             for group, key in zip(answers, keys, strict=True)
@@ -42,23 +43,23 @@ class TextVerifier(Reward):
 class MathVerifier(Reward):
     """1 where math-verify finds answer and key equal; 0 also where it finds nothing in either."""
 
-    def __init__(self, name: str, workers: MathWorkers):
-        self.name = name
+    def __init__(self, setting: str, workers: MathWorkers):
+        self.setting = setting
         self.workers = workers
 
     def __call__(
         self, queries: list[str], answers: list[list[str]], keys: list[str | None]
     ) -> list[list[float]]:
-        known = known_keys(self.name, queries, keys)
+        known = known_keys(self.setting, queries, keys)
         pairs = [(k, a) for k, group in zip(known, answers, strict=True) for a in group]
         try:
             verdicts = self.workers.equal(pairs)
         except WorkerError as error:
-            raise RewardError(f"reward.{self.name}: math-verify can't start: {error}") from None
+            raise RewardError(f"{self.setting}: math-verify can't start: {error}") from None
         if pairs and all(verdict is None for verdict in verdicts):
             raise RewardError(
-                f'reward.{self.name}: method = "math" finds no mathematics in any key of this step,'
-                f' such as {shown(known[0])}; method = "exact" compares texts'
+                f'{self.setting}: method = "math" finds no mathematics in any key, such as'
+                f' {shown(known[0])}; method = "exact" compares texts'
             )
         rows = iter(verdicts)
         return [[float(bool(next(rows))) for _ in group] for group in answers]
@@ -68,60 +69,72 @@ class MathVerifier(Reward):
 
 
 class CodeVerifier(Reward):
-    """1 where the answer's program, followed by the key's unit tests, runs to its end."""
+    """1 where the answer's program, followed by the key's unit tests, runs to its end.
 
-    def __init__(self, name: str, sandbox: Sandbox):
-        self.name = name
+    A query that is the beginning of a program, as HumanEval's are, stands before the answer: the
+    answer may go on from it, or define the function again, by its imports and what else it defines.
+    """
+
+    def __init__(self, setting: str, sandbox: Sandbox):
+        self.setting = setting
         self.sandbox = sandbox
 
     def __call__(
         self, queries: list[str], answers: list[list[str]], keys: list[str | None]
     ) -> list[list[float]]:
-        known = known_keys(self.name, queries, keys)
+        known = known_keys(self.setting, queries, keys)
         for key in known:
-            _refuse_value(self.name, key)
+            _refuse_value(self.setting, key)
         programs = [
-            [f"{code_in(answer)}\n\n{key}\n" for answer in group]
-            for key, group in zip(known, answers, strict=True)
+            [f"{beginning_in(query)}{code_in(answer)}\n\n{key}\n" for answer in group]
+            for query, key, group in zip(queries, known, answers, strict=True)
         ]
         once = list(dict.fromkeys(program for group in programs for program in group))
         try:
             passed = dict(zip(once, self.sandbox.run_all(once), strict=True))
         except IsolationError as error:
-            raise RewardError(_refusal(self.name, error)) from None
+            raise RewardError(_refusal(self.setting, error)) from None
         return [[float(passed[program]) for program in group] for group in programs]
 
     def close(self) -> None:
         self.sandbox.close()
 
 
-def _refuse_value(name: str, key: str) -> None:
+def _refuse_value(setting: str, key: str) -> None:
     """Raises RewardError for a key that is a Python value: as a program it tests nothing."""
     try:
         ast.literal_eval(key.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return
     raise RewardError(
-        f"reward.{name}: the key {shown(key)} is a value, not a program that tests;"
-        " data.answer_column names the column with the tests"
+        f"{setting}: the key {shown(key)} is a value, not a program that tests; answer_column names"
+        " the column with the tests"
     )
 
 
 def build(name: str, section: VerifierReward, config: Config) -> Reward:
-    """The verifier of `section.method`. Raises ConfigError without math-verify, RewardError if
-    programs can't be isolated."""
-    match section.method:
+    """The verifier that a reward's table asks for. Raises as build_verifier."""
+    return build_verifier(f"reward.{name}", section, section.method)
+
+
+def build_verifier(setting: str, section: Verifier, method: str) -> Reward:
+    """The verifier of `method`, which errors call by `setting`.
+
+    Raises ConfigError without math-verify, RewardError if programs can't be isolated.
+    """
+    match method:
         case "math":
-            require("math_verify", "maths", f'reward.{name}.method = "math"')
-            return MathVerifier(name, MathWorkers(section.timeout_s, section.workers))
+            require("math_verify", "maths", f'{setting}.method = "math"')
+            return MathVerifier(setting, MathWorkers(section.timeout_s, section.workers))
         case "code":
-            return CodeVerifier(name, _checked_sandbox(name, section))
+            return CodeVerifier(setting, _checked_sandbox(setting, section))
         case "exact":
-            return TextVerifier(name, lambda a, k: k is not None and same(a, k), needs_key=True)
+            return TextVerifier(setting, lambda a, k: k is not None and same(a, k), needs_key=True)
         case "regex":
             assert section.pattern is not None  # the section checks it
             pattern = re.compile(section.pattern)
-            return TextVerifier(name, lambda a, k: _matches(pattern, a, k))
+            return TextVerifier(setting, lambda a, k: _matches(pattern, a, k))
+    raise AssertionError(method)
 
 
 def same(a: str, b: str) -> bool:
@@ -142,13 +155,24 @@ def code_in(answer: str) -> str:
     return (python or [text for _, text in blocks] or [answer])[-1]
 
 
-def known_keys(name: str, queries: list[str], keys: list[str | None]) -> list[str]:
+def beginning_in(query: str) -> str:
+    """`query` with a line end, if it is a Python program that defines something; else nothing."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of what stands in its texts
+            body = ast.parse(query).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return ""
+    defines = any(isinstance(part, ast.FunctionDef | ast.ClassDef) for part in body)
+    return f"{query}\n" if defines else ""
+
+
+def known_keys(setting: str, queries: list[str], keys: list[str | None]) -> list[str]:
     """The keys, all of which are known. Raises RewardError that names the first query without."""
     known = [key for key in keys if key is not None]
     if len(known) < len(keys):
         query = queries[keys.index(None)]
         raise RewardError(
-            f"reward.{name}: the query {shown(query)} has no key to compare answers with; give one"
+            f"{setting}: the query {shown(query)} has no key to compare answers with; give one"
             ' in data.answer_column, or use kind = "majority", which needs none'
         )
     return known
@@ -161,18 +185,18 @@ def _matches(pattern: re.Pattern[str], answer: str, key: str | None) -> bool:
     return found is not None and same(found, key)
 
 
-def _checked_sandbox(name: str, section: VerifierReward) -> Sandbox:
+def _checked_sandbox(setting: str, section: Verifier) -> Sandbox:
     sandbox = Sandbox(section.timeout_s, section.memory_mib, section.workers)
     try:
         sandbox.check()
     except IsolationError as error:
         sandbox.close()
-        raise RewardError(_refusal(name, error)) from None
+        raise RewardError(_refusal(setting, error)) from None
     return sandbox
 
 
-def _refusal(name: str, error: IsolationError) -> str:
+def _refusal(setting: str, error: IsolationError) -> str:
     return (
-        f'reward.{name}.method = "code": runs programs that a model wrote, and can\'t isolate them'
+        f'{setting}.method = "code": runs programs that a model wrote, and can\'t isolate them'
         f" here: {error}; docs/rewards/verifier.md says what it needs"
     )

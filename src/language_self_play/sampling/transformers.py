@@ -31,6 +31,9 @@ from language_self_play.types import Completion, FinishReason, Group, Role
 # Ended rows leave when they are one in so many: closing the gaps copies the others' keys and values.
 LEAVE_AT = 8
 
+# Where the length of a role's completions is set, if not in a section of its own name.
+SECTIONS = {"judge": "self_reward", "evaluation": "eval.accuracy.NAME"}
+
 Row = tuple[int, int]  # (prompt, completion)
 Drawn = tuple[list[int], list[float]]  # tokens, log-probs
 
@@ -99,7 +102,7 @@ class TransformersSampler:
 
     def _halve_batches(self, rows: int, role: Role) -> None:
         if (now := min(self.batch_size, rows)) == 1:
-            longest = "self_reward" if role == "judge" else role
+            longest = SECTIONS.get(role, role)
             raise MemoryLimitError(
                 f"{self.model.device} has no memory left to sample one completion; lower"
                 f" {longest}.max_tokens, or use a smaller model"

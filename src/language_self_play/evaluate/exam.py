@@ -1,0 +1,103 @@
+"""Accuracy on questions with keys: answers are sampled and verified. GSM8K, MATH, HumanEval and kin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from language_self_play.chat import Chat
+from language_self_play.config import QuestionSet
+from language_self_play.data import KeyedQuestion, load_keyed_questions
+from language_self_play.errors import ConfigError
+from language_self_play.evaluate.outcomes import Record
+from language_self_play.randomness import permutation, stream_key
+from language_self_play.rewards.verifier import build_verifier
+from language_self_play.sampling import Sampler
+
+# Which questions a limit leaves does not depend on a run's seed: all runs are asked the same.
+CHOICE_SEED = 0
+
+
+class Exam:
+    """A question set, ready to be asked. Left as a context, it ends the verifier's processes."""
+
+    def __init__(self, name: str, section: QuestionSet):
+        """Read the questions and check what checks their answers; no weights are needed.
+
+        Raises InputFileError, ConfigError or RewardError that names eval.accuracy.NAME.
+        """
+        self.name, self.section = name, section
+        self.setting = f"eval.accuracy.{name}"
+        everything, are_programs = load_keyed_questions(section, self.setting)
+        self.size = len(everything)
+        self.questions = chosen(everything, section.limit)
+        method = section.method
+        if method == "auto":
+            method = "code" if are_programs else "math"
+        self.method = method
+        self.verifier = build_verifier(self.setting, section, method)
+
+    def __enter__(self) -> Exam:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.verifier.close()
+
+    def prompts(
+        self, chat: Chat, context_length: int, system_prompt: str | None = None
+    ) -> list[list[int]]:
+        """The tokens of every question. Raises ConfigError for one that leaves no room to answer."""
+        prompts = []
+        for question in self.questions:
+            text = self.section.prompt.replace("{query}", question.query)
+            tokens = chat.encode(text, system_prompt)
+            if len(tokens) >= context_length:
+                raise ConfigError(
+                    f"{self.setting}: question {question.id!r} takes {len(tokens)} tokens, and the"
+                    f" model's context has only {context_length}; remove it, or use a model with a"
+                    " longer context"
+                )
+            prompts.append(tokens)
+        return prompts
+
+    def ask(
+        self, sampler: Sampler, prompts: Sequence[list[int]], start: int = 0, end: int | None = None
+    ) -> list[Record]:
+        """The records of questions `start` to `end`, from the sampler's weights.
+
+        `prompts` are those of all questions. Raises RewardError if answers can't be checked.
+        """
+        some, section = self.questions[start:end], self.section
+        groups = sampler.sample(
+            list(prompts[start:end]), section.num_answers, "evaluation", section, section.max_tokens
+        )
+        texts = [[c.text for c in group.completions] for group in groups]
+        verdicts = self.verifier([q.query for q in some], texts, [q.key for q in some])
+        return [
+            {
+                "set": self.name,
+                "id": question.id,
+                "query": question.query,
+                "key": question.key,
+                "answers": [
+                    {
+                        "text": completion.text,
+                        "right": verdict == 1,
+                        "tokens": len(completion.tokens),
+                        "finish_reason": completion.finish_reason,
+                    }
+                    for completion, verdict in zip(group.completions, row, strict=True)
+                ],
+            }
+            for question, group, row in zip(some, groups, verdicts, strict=True)
+        ]
+
+
+def chosen(questions: list[KeyedQuestion], limit: int) -> list[KeyedQuestion]:
+    """`limit` of the questions in their order, drawn once and for all; all of them for 0."""
+    if limit == 0 or limit >= len(questions):
+        return questions
+    order = permutation(stream_key(CHOICE_SEED, "questions"), len(questions))
+    return [questions[place] for place in sorted(order[:limit])]

@@ -1,0 +1,44 @@
+"""What an evaluation found, question by question, and the metrics made of it. Never torch.
+
+A question's record says `set` and `id`. In the arena it has `tier`, `task`, the exact `probability` of
+the right answer, and whether `greedy` decoding gives it; in a question set `query`, `key` and `answers`,
+each `text right tokens finish_reason`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from language_self_play.evaluate.intervals import mean_interval
+from language_self_play.evaluate.pass_at_k import pass_at_k
+
+Record = dict[str, Any]
+ARENA = "arena"
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of one model: its metrics, and every question's record."""
+
+    metrics: Record
+    questions: list[Record]
+
+
+def passes(question: Record, k: int) -> float:
+    """pass@k of one question of a set, from all its answers. Raises ValueError as pass_at_k."""
+    right = [answer["right"] for answer in question["answers"]]
+    return pass_at_k(len(right), sum(right), k)
+
+
+def set_metrics(name: str, questions: Sequence[Record], pass_at: Sequence[int]) -> Record:
+    """The metrics of a question set: accuracy is pass@1. docs/metrics.md defines each."""
+    metrics: Record = {}
+    for k in sorted({1, *pass_at}):
+        key = f"eval/{name}/{'accuracy' if k == 1 else f'pass_at_{k}'}"
+        mean, half_width = mean_interval([passes(question, k) for question in questions])
+        metrics |= {key: mean, f"{key}_ci95": half_width}
+    answers = [answer for question in questions for answer in question["answers"]]
+    cut = [answer["finish_reason"] == "length" for answer in answers]
+    metrics[f"eval/{name}/truncated"] = sum(cut) / len(cut)
+    metrics[f"eval/{name}/length"] = sum(answer["tokens"] for answer in answers) / len(answers)
+    return metrics

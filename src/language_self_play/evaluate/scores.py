@@ -1,0 +1,190 @@
+"""One model's scores question by question, out of a run folder or a file of results. Never torch."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from language_self_play.config import Config
+from language_self_play.errors import InputFileError, RunFolderError
+from language_self_play.evaluate.outcomes import ARENA, Record, passes
+from language_self_play.model_card import NAMES
+from language_self_play.run_folder import RunFolder
+
+BASE = "base"
+WIN_RATE = "AlpacaEval win rate"
+# Runs that begin where another ended; a chain is no longer unless two runs name each other.
+LONGEST_CHAIN = 8
+
+
+@dataclass
+class Scores:
+    """A measure of one model: a value from 0 to 1 for each question, and its subset or tier."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    unjudged: set[str] = field(default_factory=set)  # asked, but without a verdict
+
+
+@dataclass
+class Measured:
+    """A model, what to call it, where its scores come from, and its scores by measure."""
+
+    label: str
+    source: str
+    scores: dict[str, Scores]
+
+
+def read_measured(argument: str) -> tuple[Measured, Measured | None]:
+    """(what RUN, FILE or NAME=RUN stands for, of a run also its base: weights version 0).
+
+    Raises InputFileError or RunFolderError for what holds no results question by question.
+    """
+    label, equals, named = argument.partition("=")
+    if not equals or Path(argument).exists():
+        label, named = "", argument
+    path = Path(named)
+    if not path.exists():
+        raise InputFileError(f"{named}: no such run or file of results")
+    if path.is_dir():
+        return _read_run(label, path)
+    scores = _read_file(path)
+    return Measured(
+        label or path.name.removesuffix(".gz").removesuffix(".json"), named, scores
+    ), None
+
+
+def _read_run(label: str, path: Path) -> tuple[Measured, Measured]:
+    run = RunFolder(path)
+    config = Config.from_table(run.config())
+    steps = run.evaluated_steps()
+    if not steps:
+        raise RunFolderError(
+            f"{path}: has no evaluations/, so nothing was evaluated question by question; eval.tasks"
+            " and eval.accuracy of its recipe say what is"
+        )
+    if steps[0] != 0:
+        raise RunFolderError(
+            f"{path}: has no evaluations/step-000000.jsonl, its base's; put it back, or run it again"
+        )
+    name = label or run_label(run)
+    if steps[-1] < config.steps:
+        name += f" (step {steps[-1]} of {config.steps})"
+    trained, base = (scores_of(run.evaluation(step), path) for step in (steps[-1], 0))
+    return Measured(name, str(path), trained), Measured(BASE, f"{path}, step 0", base)
+
+
+def run_label(run: RunFolder, chain: int = 1) -> str:
+    """`LSP`, or `GRPO then LSP` for a run whose initial model is another run's."""
+    config = Config.from_table(run.config())
+    before = RunFolder.holding(Path(config.policy.path))
+    name = NAMES[config.algorithm]
+    if before is None or chain >= LONGEST_CHAIN:
+        return name
+    return f"{run_label(before, chain + 1)} then {name}"
+
+
+def scores_of(questions: Sequence[Record], source: Path) -> dict[str, Scores]:
+    """Scores by measure of questions' records (outcomes.py). Raises InputFileError."""
+    scores: dict[str, Scores] = {}
+    for number, question in enumerate(questions, 1):
+        try:
+            of_question = _values(question)
+            identity, group = str(question["id"]), question.get("tier")
+            if not all(math.isfinite(value) for value in of_question.values()):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise InputFileError(
+                f"{source}: question {number} has no score; a record is damaged, or its model's numbers"
+                " were not finite"
+            ) from None
+        for measure, value in of_question.items():
+            known = scores.setdefault(measure, Scores())
+            if identity in known.values:
+                raise InputFileError(
+                    f"{source}: has question {identity!r} of {question['set']} twice"
+                )
+            known.values[identity] = value
+            if group is not None:
+                known.groups[identity] = str(group)
+    return scores
+
+
+def _values(question: Record) -> dict[str, float]:
+    """Measure -> value of one question."""
+    name = str(question["set"])
+    if name == ARENA:
+        return {
+            f"{name}, sampled": float(question["probability"]),
+            f"{name}, greedy": float(question["greedy"]),
+        }
+    values = {f"{name}, accuracy": passes(question, 1)}
+    if (n := len(question["answers"])) > 1:
+        values[f"{name}, pass@{n}"] = passes(question, n)
+    return values
+
+
+def _read_file(path: Path) -> dict[str, Scores]:
+    """Scores of a file that `lsp eval accuracy --json` wrote, or of annotations of `alpaca`."""
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        found = json.loads(text)
+    except (OSError, EOFError, ValueError, RecursionError) as error:
+        reason = "it is empty" if path.stat().st_size == 0 else error
+        raise InputFileError(f"{path}: can't be read as JSON ({reason})") from None
+    if isinstance(found, list) and found:
+        return {WIN_RATE: _win_rates(found, path)}
+    if isinstance(found, Mapping) and found.get("questions"):
+        name = found.get("set", ARENA)
+        # The arena's questions are named by their queries.
+        rows = [
+            {"set": name, "id": q.get("query"), **q} if isinstance(q, Mapping) else {}
+            for q in found["questions"]
+        ]
+        return scores_of(rows, path)
+    if isinstance(found, Mapping) and "win_rate" in found:
+        raise InputFileError(
+            f"{path}: holds a win rate, not its judgements, and without them nothing can be compared"
+            " question by question; name the file of annotations"
+        )
+    raise InputFileError(
+        f"{path}: holds no results question by question; a file of `lsp eval accuracy --json` does,"
+        " or one of AlpacaEval's annotations"
+    )
+
+
+def _win_rates(annotations: list[Any], path: Path) -> Scores:
+    """A preference from 1 (the baseline) to 2 (the model) is a win from 0 to 1."""
+    scores = Scores()
+    for number, row in enumerate(annotations, 1):
+        preference = row.get("preference") if isinstance(row, Mapping) else None
+        if isinstance(row, Mapping) and "preference" in row and _is_missing(preference):
+            scores.unjudged.add(str(row.get("instruction")))
+            continue
+        if not _is_preference(preference) or "instruction" not in row:
+            raise InputFileError(
+                f"{path}, row {number}: is no annotation: it needs an `instruction` and a `preference`"
+                f" from 1 to 2, and has {preference!r}"
+            )
+        if (instruction := str(row["instruction"])) in scores.values:
+            raise InputFileError(f"{path}, row {number}: its instruction was there before")
+        scores.values[instruction] = float(row["preference"]) - 1
+        if row.get("dataset") is not None:
+            scores.groups[instruction] = str(row["dataset"])
+    if not scores.values:
+        raise InputFileError(f"{path}: has no verdict in any of its {len(annotations)} rows")
+    return scores
+
+
+def _is_missing(preference: Any) -> bool:
+    return preference is None or preference != preference
+
+
+def _is_preference(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= 2

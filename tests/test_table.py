@@ -1,0 +1,347 @@
+"""`lsp eval table`: made-up results with literal figures, and real runs."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from language_self_play import Config, self_play
+from language_self_play.cli import main
+from language_self_play.errors import ConfigError, InputFileError, RunFolderError
+from language_self_play.evaluate.intervals import bootstrap_interval, paired_bootstrap_p
+from language_self_play.evaluate.scores import WIN_RATE, read_measured, run_label, scores_of
+from language_self_play.evaluate.table import ALL, build_tables
+from language_self_play.run_folder import RunFolder
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def answered(right: list[list[int]], name: str = "gsm8k") -> list[dict[str, Any]]:
+    return [
+        {"set": name, "id": str(i), "answers": [{"right": bool(r)} for r in row]}
+        for i, row in enumerate(right)
+    ]
+
+
+def accuracy_file(file: str, right: list[list[int]], name: str = "gsm8k") -> str:
+    report = {"set": name, "questions": answered(right, name)}
+    Path(file).write_text(json.dumps(report))
+    return file
+
+
+def annotations(file: str, preferences: list[float | None], datasets: list[str]) -> str:
+    rows = [
+        {"instruction": f"do {i}", "preference": p, "dataset": d, "output_2": "x"}
+        for i, (p, d) in enumerate(zip(preferences, datasets, strict=True))
+    ]
+    text = json.dumps(rows).encode()
+    Path(file).write_bytes(gzip.compress(text) if file.endswith(".gz") else text)
+    return file
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_accuracies_are_compared_with_the_base_question_by_question():
+    accuracy_file("base.json", [[0], [0], [1], [1]])
+    accuracy_file("lsp.json", [[0], [1], [1], [1]])
+    [table] = build_tables(["base=base.json", "LSP=lsp.json"])
+    assert (table.measure, table.groups) == ("gsm8k, accuracy", [ALL])
+    base, lsp = (row.cells[ALL] for row in table.rows)
+    assert (base.n, base.mean, base.p, base.difference) == (4, 0.5, None, None)
+    assert (lsp.mean, lsp.difference) == (0.75, 0.25)
+    assert (lsp.low, lsp.high) == bootstrap_interval([0, 1, 1, 1])
+    assert (lsp.difference_low, lsp.difference_high) == bootstrap_interval([0, 1, 0, 0])
+    assert lsp.p == paired_bootstrap_p([0, 1, 1, 1], [0, 0, 1, 1])
+
+
+def test_questions_are_paired_by_name_whatever_their_order():
+    accuracy_file("base.json", [[0], [1], [0], [1]])
+    rows = answered([[0], [1], [0], [1]])[::-1]
+    Path("lsp.json").write_text(json.dumps({"set": "gsm8k", "questions": rows}))
+    [table] = build_tables(["base=base.json", "LSP=lsp.json"])
+    # Every difference is 0; in the files' order none would be.
+    lsp = table.rows[1].cells[ALL]
+    assert (lsp.difference_low, lsp.difference_high, lsp.p) == (0.0, 0.0, 1.0)
+
+
+def test_several_answers_give_pass_at_their_number_too():
+    accuracy_file("a.json", [[0, 1], [0, 0], [1, 1]])
+    measures = {t.measure: t.rows[0].cells[ALL].mean for t in build_tables(["a.json"])}
+    # pass@1: (1/2 + 0 + 1) / 3; pass@2: 2 of 3.
+    assert measures == {
+        "gsm8k, accuracy": pytest.approx(0.5),
+        "gsm8k, pass@2": pytest.approx(2 / 3),
+    }
+
+
+def test_win_rates_have_the_papers_subsets_and_the_papers_figures_beside_them(capsys: Any):
+    datasets = ["vicuna", "koala", "vicuna", "koala"]
+    annotations("copy.json.gz", [1.5, 1.5, 1.5, 1.5], datasets)
+    annotations("lsp.json", [2, 1, 1.5, 1.0], datasets)
+    [table] = build_tables(["base=copy.json.gz", "LSP=lsp.json"])
+    assert table.measure == WIN_RATE
+    assert table.groups == ["koala", "vicuna", ALL]
+    # 2, 1, 1.5 and 1 are wins of 1, 0, ½ and 0: vicuna (1 + ½) / 2, koala 0, all 1.5 / 4.
+    means = {group: cell.mean for group, cell in table.rows[1].cells.items()}
+    assert means == {"koala": 0.0, "vicuna": 0.75, ALL: 0.375}
+    assert table.rows[1].paper == {("v1", ALL): 40.6, ("v1", "vicuna"): 46.3, ("v3", ALL): 36.4}
+    assert table.rows[0].paper == {("v3", ALL): 26.5}
+    assert main(["eval", "table", "base=copy.json.gz", "LSP=lsp.json"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "| model | koala | vicuna | all | Δ | p | paper v1 | paper v1, vicuna | paper v3 |" in out
+    )
+    assert re.search(r"\| LSP \| 0\.0 .* \| 40\.6 \| 46\.3 \| 36\.4 \|", out)
+
+
+def test_the_papers_win_rates_stand_beside_no_accuracy(capsys: Any):
+    accuracy_file("a.json", [[1], [0]])
+    assert main(["eval", "table", "LSP=a.json"]) == 0
+    assert "paper" not in capsys.readouterr().out.lower()
+
+
+def test_pairs_without_a_verdict_are_left_out_of_their_row_and_of_its_difference():
+    annotations("base.json", [1, 2, 2, 1], ["koala"] * 4)
+    annotations("a.json", [2, 1.5, None, float("nan")], ["koala"] * 4)
+    [table] = build_tables(["base=base.json", "a.json"])
+    base, cell = (row.cells[ALL] for row in table.rows)
+    # 0 1 1 0, and 1 ½: the differences of the two that both have are 1 and −½.
+    assert (base.n, base.mean, cell.n, cell.mean, cell.difference) == (4, 0.5, 2, 0.75, 0.25)
+
+
+def test_a_subset_without_any_verdict_is_an_empty_cell(capsys: Any):
+    annotations("base.json", [1, 2], ["koala", "vicuna"])
+    annotations("a.json", [2, None], ["koala", "vicuna"])
+    assert main(["eval", "table", "base=base.json", "a.json"]) == 0
+    assert re.search(r"\| a \| 100\.0 \S+ \S+ \|  \| 100\.0", capsys.readouterr().out)
+
+
+def test_published_annotations_give_the_published_win_rate(test_data: Path):
+    file = test_data / "data" / "alpaca_eval" / "annotations-OpenHermes-2.5-Mistral-7B.json.gz"
+    [table] = build_tables([str(file)])
+    [row] = table.rows
+    assert row.label == "annotations-OpenHermes-2.5-Mistral-7B"
+    # leaderboard.csv: 10.340415705751552.
+    assert row.cells[ALL].mean == pytest.approx(0.10340415705751552, rel=1e-9)
+    sizes = {group: cell.n for group, cell in row.cells.items()}
+    assert sizes == {
+        "helpful_base": 129,
+        "koala": 156,
+        "oasst": 188,
+        "selfinstruct": 252,
+        "vicuna": 80,
+        ALL: 805,
+    }
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
+    folder = tmp_path_factory.mktemp("runs")
+    common: dict[str, Any] = {
+        "steps": 2,
+        "threads": 1,
+        "log": {"progress": "none"},
+        "eval": {"every": 1, "tasks": ["arena"]},
+    }
+    made = {
+        name: self_play(Config.from_recipe(recipe, **common), folder / name)
+        for name, recipe in (("grpo", "arena-grpo"), ("zero", "arena-zero"))
+    }
+    after = Config.from_recipe(
+        "arena-zero", **common, policy={"path": str(made["grpo"].model_folder)}
+    )
+    return made | {"next": self_play(after, folder / "next")}
+
+
+def test_runs_are_named_by_algorithm_and_what_they_began_with(runs: dict[str, RunFolder]):
+    labels = {name: run_label(run) for name, run in runs.items()}
+    assert labels == {"grpo": "GRPO", "zero": "LSP-Zero", "next": "GRPO then LSP-Zero"}
+
+
+def test_the_base_is_version_0_of_the_first_run_that_began_with_no_other(runs: Any):
+    # The later stage is named first, and its own version 0 is the GRPO run's end.
+    tables = build_tables([str(runs[name].folder) for name in ("next", "grpo", "zero")])
+    assert [t.measure for t in tables] == ["arena, sampled", "arena, greedy"]
+    sampled = tables[0]
+    assert [row.label for row in sampled.rows] == ["base", "GRPO then LSP-Zero", "GRPO", "LSP-Zero"]
+    assert sampled.groups == ["easy", "medium", "hard", ALL]
+    first = next(runs["grpo"].metrics())
+    base = sampled.rows[0].cells
+    for group, suffix in (("easy", "/easy"), ("hard", "/hard"), (ALL, "")):
+        assert base[group].mean == pytest.approx(first[f"eval/sampled_accuracy{suffix}"])
+    last = list(runs["next"].metrics())[-1]
+    row = sampled.rows[1].cells[ALL]
+    assert row.mean == pytest.approx(last["eval/sampled_accuracy"])
+    change = last["eval/sampled_accuracy"] - first["eval/sampled_accuracy"]
+    assert row.difference == pytest.approx(change)
+    # The normal interval of 900 questions.
+    assert row.high - row.mean == pytest.approx(last["eval/sampled_accuracy_ci95"], rel=0.1)
+
+
+def test_the_table_is_written_as_markdown_csv_and_picture(runs: Any, capsys: Any):
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
+    written = [arg for end in ("md", "csv", "png") for arg in ("--write", f"t.{end}")]
+    grpo, zero = (str(runs[name].folder) for name in ("grpo", "zero"))
+    assert main(["eval", "table", grpo, zero, *written]) == 0
+    assert Path("t.md").read_text("utf-8") == capsys.readouterr().out
+    rows = list(csv.DictReader(Path("t.csv").read_text("utf-8").splitlines()))
+    # Two measures, three models, three tiers and all.
+    assert len(rows) == 2 * 3 * 4
+    [grpo_all] = [
+        r
+        for r in rows
+        if (r["measure"], r["model"], r["group"]) == ("arena, sampled", "GRPO", "all")
+    ]
+    last = list(runs["grpo"].metrics())[-1]
+    assert float(grpo_all["mean"]) == pytest.approx(last["eval/sampled_accuracy"])
+    assert 0 < float(grpo_all["p"]) <= 1
+    assert Path("t.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_run_and_the_file_of_its_evaluation_agree(runs: Any, capsys: Any):
+    assert main(["eval", "accuracy", str(runs["grpo"].folder), "--json", "a.json"]) == 0
+    capsys.readouterr()
+    tables = build_tables([str(runs["grpo"].folder), "again=a.json"])
+    for table in tables:
+        one, again = (row.cells[ALL] for row in table.rows[1:])
+        assert again.mean == pytest.approx(one.mean, rel=1e-5)
+        assert again.n == one.n == 900
+
+
+def test_a_run_that_has_not_finished_says_where_it_is(runs: Any, tmp_path: Path):
+    import shutil
+
+    copy = RunFolder(shutil.copytree(runs["zero"].folder, tmp_path / "copy"))
+    copy.truncate(2)
+    measured, _ = read_measured(str(copy.folder))
+    assert measured.label == "LSP-Zero (step 1 of 2)"
+
+
+def test_two_runs_of_one_kind_are_told_apart_by_their_folders(runs: Any, tmp_path: Path):
+    import shutil
+
+    shutil.copytree(runs["zero"].folder, tmp_path / "other")
+    [table, _] = build_tables([str(runs["zero"].folder), "other"])
+    assert table.rows[2].label == "LSP-Zero (other)"
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def bad_files() -> dict[str, tuple[Any, str]]:
+    question = answered([[1]])[0]
+    return {
+        "empty": (b"", r"a.json: can't be read as JSON \(it is empty\)"),
+        "no JSON": (b"{", r"a.json: can't be read as JSON"),
+        "no text": (b"\xff\xfe", r"a.json: can't be read as JSON"),
+        "something else": ({"x": 1}, r"a.json: holds no results question by question"),
+        "an empty list": ([], r"a.json: holds no results question by question"),
+        "figures without judgements": ({"win_rate": 50.0}, r"a.json: holds a win rate, not its"),
+        "no preference": ([{"instruction": "x"}], r"a.json, row 1: is no annotation"),
+        "a preference of 0": (
+            [{"instruction": "x", "preference": 0}],
+            r"a.json, row 1: .* and has 0$",
+        ),
+        "an instruction twice": (
+            [{"instruction": "x", "preference": 1}] * 2,
+            r"a.json, row 2: its instruction was there before",
+        ),
+        "no verdict": (
+            [{"instruction": "x", "preference": None}],
+            r"a.json: has no verdict in any",
+        ),
+        "a question twice": (
+            {"set": "gsm8k", "questions": [question, question]},
+            r"a.json: has question '0' of gsm8k twice",
+        ),
+        "no answers": (
+            {"set": "gsm8k", "questions": [{"set": "gsm8k", "id": "1", "answers": []}]},
+            r"a.json: question 1 has no score",
+        ),
+        "numbers for questions": ({"questions": [3]}, r"a.json: question 1 has no score"),
+    }
+
+
+@pytest.mark.parametrize("what", bad_files())
+def test_a_bad_file_is_one_sentence_and_exit_code_2(what: str, capsys: Any):
+    content, sentence = bad_files()[what]
+    Path("a.json").write_bytes(
+        content if isinstance(content, bytes) else json.dumps(content).encode()
+    )
+    assert main(["eval", "table", "LSP=a.json"]) == 2
+    error = capsys.readouterr().err.rstrip()
+    assert re.match(f"lsp: {sentence}", error), error
+    assert "\n" not in error
+
+
+def test_results_of_other_questions_are_not_compared():
+    accuracy_file("a.json", [[1], [0]])
+    accuracy_file("b.json", [[1], [0], [1]])
+    sentence = (
+        r"b.json: gsm8k, accuracy is of other questions than a.json's \(3 and 2, 2 in common\)"
+    )
+    with pytest.raises(InputFileError, match=sentence):
+        build_tables(["a.json", "b.json"])
+
+
+def test_folders_without_evaluations_are_refused(runs: Any, tmp_path: Path):
+    with pytest.raises(RunFolderError, match="no run here"):
+        build_tables([str(tmp_path)])
+    import shutil
+
+    copy = RunFolder(shutil.copytree(runs["zero"].folder, tmp_path / "copy"))
+    (copy.evaluations_folder / "step-000000.jsonl").unlink()
+    with pytest.raises(RunFolderError, match=r"has no evaluations/step-000000.jsonl"):
+        build_tables([str(copy.folder)])
+    shutil.rmtree(copy.evaluations_folder)
+    with pytest.raises(RunFolderError, match="nothing was evaluated question by question"):
+        build_tables([str(copy.folder)])
+    with pytest.raises(InputFileError, match=r"^nowhere: no such run"):
+        build_tables(["nowhere"])
+
+
+def test_one_file_named_twice_is_refused():
+    accuracy_file("a.json", [[1], [0]])
+    with pytest.raises(ConfigError, match=r"^a.json: is named twice"):
+        build_tables(["a.json", "a.json"])
+
+
+def test_a_score_that_is_not_finite_is_named():
+    row = {"set": "arena", "id": "1+1", "tier": "easy", "probability": None, "greedy": False}
+    with pytest.raises(InputFileError, match=r"x: question 1 has no score; .*not finite"):
+        scores_of([row], Path("x"))
+
+
+@pytest.mark.parametrize(
+    ("file", "sentence"),
+    [
+        ("t.pdf", "--write t.pdf: must end in .md, .csv, .png"),
+        ("no/t.md", "--write no/t.md: there is no folder no"),
+        ("d.md", "--write d.md: is a folder; name a file"),
+    ],
+)
+def test_a_file_that_can_not_be_written_is_named_before_anything_is_read(file, sentence, capsys):
+    Path("d.md").mkdir()
+    assert main(["eval", "table", "nowhere", "--write", file]) == 2
+    assert capsys.readouterr().err == f"lsp: {sentence}\n"
+
+
+def test_a_picture_without_matplotlib_names_the_extra(monkeypatch: Any, capsys: Any):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["eval", "table", "nowhere", "--write", "t.png"]) == 2
+    assert "pip install 'language-self-play[plot]'" in capsys.readouterr().err
