@@ -58,7 +58,7 @@ ROOMS = [
             "rewards.verifier",
         ],
     ),
-    ("sampling", ["sampling", "sampling.transformers"]),
+    ("sampling", ["sampling", "sampling.transformers", "sampling.vllm", "sampling.vllm_worker"]),
     ("learning", ["learner", "optimizer", "policy", "chat"]),
     (
         "passes of the model",
@@ -113,6 +113,7 @@ BESIDE = {
     "rewards.self_reward": {"rewards"},
     "rewards.verifier": {"rewards", "rewards.mathematics", "rewards.sandbox"},
     "sampling.transformers": {"sampling"},
+    "sampling.vllm": {"sampling"},
     "decoding": {"lean_decoder", "prefill", "shared_prompt"},
     "lean_decoder": {"linear", "shared_prompt"},
     "forward": {"decoding", "lean_decoder", "prefill", "shared_prompt", "packed_prompt"},
@@ -136,6 +137,7 @@ LIBRARIES = {
     "safetensors": {"checkpoint", "policy"},
     "huggingface_hub": {"publish"},
     "peft": {"policy"},
+    "vllm": {"sampling.vllm_worker"},
     "tokenizers": {"arena.tiny_model"},
     "transformers": {
         "chat",
@@ -149,6 +151,7 @@ LIBRARIES = {
         "rewards.reward_model",
         "rewards.self_reward",
         "sampling.transformers",
+        "sampling.vllm",
         "shared_prompt",
         "evaluate.accuracy",
         "arena.pretrain",

@@ -34,6 +34,7 @@ from language_self_play.rewards.self_reward import JudgeQuestions, QualityJudge,
 from language_self_play.run_folder import Record, RunFolder
 from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
+from language_self_play.sampling.vllm import VllmSampler, check_vllm
 from language_self_play.signals import Stops
 from language_self_play.types import Posed, Solved
 
@@ -61,6 +62,7 @@ class Game:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.sampler.close()
         self.reward.close()
 
     @property
@@ -158,6 +160,7 @@ class Game:
         """The learning step, or none where a number is not finite; then `skipped` says which."""
         of_reward, self._not_finite = self._not_finite, None
         self.learner.before_update = self._commit
+        self.sampler.rest()
         try:
             self.is_damaged = bool(places_of_logprobs(posed, solved))
             refuse_nonfinite(posed, solved, R_Q)
@@ -209,6 +212,7 @@ class Game:
             costs,
             objective,
             trouble,
+            self.sampler.version,
         )
 
     def evaluate(self) -> Record:
@@ -233,8 +237,15 @@ def prepare(config: Config) -> Game:
     warn_of_bias(config)
     policy = load_policy(config, device)
     reward.load(device)
-    sampler = TransformersSampler(policy.model, policy.chat, config.seed, config.rollout.batch_size)
-    judge = build_judge(config, policy) if config.algorithm == "lsp" else None
+    sampler: Sampler = TransformersSampler(
+        policy.model, policy.chat, config.seed, config.rollout.batch_size
+    )
+    write = None
+    if config.rollout.engine == "vllm":
+        sampler = served = VllmSampler(policy, config)
+        # With LoRA the engine's base is the reference; else it holds none, and the policy's copy judges.
+        write = served.sample_reference if policy.adapter is not None else None
+    judge = build_judge(config, policy, write) if config.algorithm == "lsp" else None
     prompts = challenger_prompts(config) if config.algorithm != "grpo" else []
     learner = Learner(policy, config)
     return Game(config, policy, sampler, learner, reward, judge, prompts, questions)
@@ -246,6 +257,8 @@ def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list
     Raises ConfigError, InputFileError, ModelError or RewardError.
     """
     device = choose_device(config.device)
+    if config.rollout.engine == "vllm":
+        check_vllm(config)
     reward = build_reward(config)
     held_out = arena.is_held_out_query if plays_in_arena(config) else lambda query: False
     questions = load_queries(config.data, held_out) if config.algorithm == "grpo" else []

@@ -31,7 +31,7 @@ Part = Literal["model", "adapter"]
 # What a resumed run may change: how long it runs, cadences, when it stops, and how much memory it takes.
 RESUMABLE = (
     *("steps", "eval.every", "checkpoint.", "guard.", "log."),
-    *("learner.tokens_per_micro_batch", "rollout.batch_size"),
+    *("learner.tokens_per_micro_batch", "rollout.batch_size", "rollout.vllm."),
 )
 
 # What is left open in a recipe, and written to config.toml as it was resolved.
