@@ -364,7 +364,10 @@ MISTAKES = {
     "nan for int": ("steps = nan\n" + VALID, "steps = nan: "),
     "unknown algorithm": ('algorithm = "ppo"\n' + VALID, "algorithm = 'ppo': "),
     "unknown kl": (VALID + '[learner]\nkl = "k4"\n', "learner.kl = 'k4': "),
-    "unknown engine": (VALID + '[rollout]\nengine = "abacus"\n', "rollout.engine: no such "),
+    "unknown engine": (
+        VALID + '[rollout]\nengine = "abacus"\n',
+        "rollout.engine = 'abacus': must ",
+    ),
     "data for a game that poses its own": (VALID + '[data]\npath = "q.jsonl"\n', "data.path = "),
     "unknown evaluation": (VALID + '[eval]\ntasks = ["x"]\n', "eval.tasks.0 = 'x': "),
     "unknown section": (

@@ -35,8 +35,9 @@ Name = Annotated[str, Field(min_length=1)]
 Texts = str | Annotated[list[str], Field(min_length=1)]
 
 
-# TRL's and verl's recipes cap at 2 or 3.
 IMPORTANCE_CAP = 2.0
+# Below, vLLM 0.32 samples at the lowest without saying so; above, it refuses.
+VLLM_TEMPERATURES = (0.01, 2.0)
 
 DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 
@@ -554,14 +555,8 @@ class Config(Section):
                 f'data.path = {self.data.path!r}: only algorithm = "grpo" learns from a file of'
                 f' queries; "{self.algorithm}" poses its own, so leave it out'
             )
-        for role in (self.challenger, self.solver) if self.rollout.engine == "vllm" else ():
-            if role.top_p < 1 or role.top_k > 0:
-                name = "solver" if role is self.solver else "challenger"
-                raise ValueError(
-                    f"{name}.top_p = {role.top_p}, {name}.top_k = {role.top_k}: vLLM gives log-probs"
-                    " of the distribution that they cut, and the trainer needs those of the whole one;"
-                    ' use top_p = 1 and top_k = 0, or rollout.engine = "transformers"'
-                )
+        if self.rollout.engine == "vllm":
+            self._agree_with_vllm()
         tasks, templates = as_list(self.challenger.task), as_list(self.challenger.template)
         if len(tasks) != len(templates):
             raise ValueError(
@@ -569,6 +564,26 @@ class Config(Section):
                 " give one template for each task"
             )
         return self
+
+    def _agree_with_vllm(self) -> None:
+        sampled: dict[str, Sampling | SelfReward] = {"solver": self.solver}
+        if self.algorithm != "grpo":
+            sampled["challenger"] = self.challenger
+        if self.algorithm == "lsp" and self.policy.lora is not None:
+            sampled["self_reward"] = self.self_reward
+        for name, section in sampled.items():
+            low, high = VLLM_TEMPERATURES
+            if not low <= section.temperature <= high:
+                raise ValueError(
+                    f"{name}.temperature = {section.temperature}: vLLM samples at {low} to {high} only;"
+                    ' choose one of those, or rollout.engine = "transformers"'
+                )
+            if isinstance(section, Sampling) and (section.top_p < 1 or section.top_k > 0):
+                raise ValueError(
+                    f"{name}.top_p = {section.top_p}, {name}.top_k = {section.top_k}: vLLM gives"
+                    " log-probs of the distribution that they cut, and the trainer needs those of the"
+                    ' whole one; use top_p = 1 and top_k = 0, or rollout.engine = "transformers"'
+                )
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Config:

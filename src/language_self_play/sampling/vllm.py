@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 from language_self_play.config import Config, Sampling
 from language_self_play.errors import ConfigError, InputFileError, ServiceError
 from language_self_play.policy import Policy
-from language_self_play.pretrained import UNBOUNDED_CONTEXT, context_length
+from language_self_play.pretrained import UNBOUNDED_CONTEXT, context_length, vocabulary_size
 from language_self_play.randomness import stream_key
 from language_self_play.types import Completion, FinishReason, Group, Role
 
@@ -134,7 +135,7 @@ class VllmSampler:
             "limits": [min(max_tokens, self.context_length - len(p)) for p in prompts],
             "seeds": [stream_key(key, g) >> (64 - SEED_BITS) for g in range(len(prompts))],
             "temperature": settings.temperature,
-            "stops": self.chat.eos_ids,
+            "stops": self.stops,
             "base": base,
         }
         reply = self._with_restart(lambda engine: engine.ask(request))
@@ -146,6 +147,11 @@ class VllmSampler:
             for text, (tokens, logprobs) in zip(texts, drawn, strict=True)
         ]
         return [Group(p, played[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
+
+    @property
+    def stops(self) -> list[int]:
+        """The chat's stop tokens that the model can write; vLLM refuses others."""
+        return [i for i in self.chat.eos_ids if i < vocabulary_size(self.policy.model)]
 
     def _finish_reason(self, tokens: list[int]) -> FinishReason:
         return "stop" if tokens and tokens[-1] in self.chat.eos_ids else "length"
@@ -268,6 +274,8 @@ class EngineProcess:
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        if self.process.stdin.closed:
+            raise EngineDied("it was ended")
         with suppress(BrokenPipeError):  # then it has ended, which the reply says
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
@@ -288,7 +296,7 @@ class EngineProcess:
         end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         self.errors.seek(0)
         lines = [line.strip() for line in self.errors.read().decode(errors="replace").splitlines()]
-        said = [line for line in lines if "Error" in line]
+        said = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
         return f"{end}, {said[-1][:SAID_LAST]}" if said else end
 
     def close(self) -> None:
