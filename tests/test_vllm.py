@@ -308,7 +308,8 @@ def test_either_engine_learns_the_arena(tmp_path: Path, vllm_python: str):
         assert [g["version"] for s in range(24) for g in run.games(s)[:1]] == list(range(24))
     assert not engine_processes()
     assert min(gains) > 0.1
-    assert abs(gains[0] - gains[1]) < 0.05
+    # Over seeds: 0.705 … 0.761 with transformers, 0.673 … 0.782 with vLLM, from 0.566.
+    assert abs(gains[0] - gains[1]) < 0.1
 
 
 def test_a_lora_run_in_which_the_engine_is_the_judge_too_comes_out_the_same_again(
