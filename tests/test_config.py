@@ -364,7 +364,39 @@ MISTAKES = {
     "nan for int": ("steps = nan\n" + VALID, "steps = nan: "),
     "unknown algorithm": ('algorithm = "ppo"\n' + VALID, "algorithm = 'ppo': "),
     "unknown kl": (VALID + '[learner]\nkl = "k4"\n', "learner.kl = 'k4': "),
-    "unknown engine": (VALID + '[rollout]\nengine = "abacus"\n', "rollout.engine: no such "),
+    "unknown engine": (
+        VALID + '[rollout]\nengine = "abacus"\n',
+        "rollout.engine = 'abacus': must ",
+    ),
+    "a nucleus with vllm": (
+        VALID + '[rollout]\nengine = "vllm"\n[solver]\ntop_p = 0.9\n',
+        "solver.top_p = 0.9, solver.top_k = 0: vLLM gives log-probs of the distribution",
+    ),
+    "top_k with vllm": (
+        VALID + '[rollout]\nengine = "vllm"\n[challenger]\ntop_k = 9\n',
+        "challenger.top_p = 1.0, challenger.top_k = 9: ",
+    ),
+    "too cold for vllm": (
+        VALID + '[rollout]\nengine = "vllm"\n[solver]\ntemperature = 0.005\n',
+        "solver.temperature = 0.005: vLLM samples at 0.01 to 2.0 only",
+    ),
+    "too hot for vllm": (
+        VALID + '[rollout]\nengine = "vllm"\n[challenger]\ntemperature = 2.5\n',
+        "challenger.temperature = 2.5: ",
+    ),
+    "a judge too cold for vllm": (
+        VALID.replace("[reward", "[policy.lora]\n[reward")
+        + '[rollout]\nengine = "vllm"\n[self_reward]\ntemperature = 0.001\n',
+        "self_reward.temperature = 0.001: ",
+    ),
+    "a misspelt setting of vllm": (
+        VALID + "[rollout.vllm]\npyhton = 'x'\n",
+        "rollout.vllm.pyhton: no such setting; did you mean rollout.vllm.python?",
+    ),
+    "no memory for vllm": (
+        VALID + "[rollout.vllm]\nkv_cache_gib = 0\n",
+        "rollout.vllm.kv_cache_gib = 0: ",
+    ),
     "data for a game that poses its own": (VALID + '[data]\npath = "q.jsonl"\n', "data.path = "),
     "unknown evaluation": (VALID + '[eval]\ntasks = ["x"]\n', "eval.tasks.0 = 'x': "),
     "unknown section": (

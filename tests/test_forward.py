@@ -152,9 +152,7 @@ def test_a_model_of_another_kind_of_attention_gets_whole_sequences():
 )
 def test_a_prompt_stands_apart_where_that_saves_tokens(P: int, K: int, T: int, saves: bool):
     nothing = torch.zeros(1, K)
-    batch = MicroBatch(
-        torch.zeros(1, P), torch.ones(1, P), torch.zeros(1, K, T), nothing, nothing, nothing
-    )
+    batch = MicroBatch(torch.zeros(1, P), torch.ones(1, P), torch.zeros(1, K, T), *[nothing] * 4)
     assert saves_tokens(batch) is saves
 
 

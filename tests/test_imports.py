@@ -78,7 +78,7 @@ ROOMS = [
             "rewards.verifier",
         ],
     ),
-    ("sampling", ["sampling", "sampling.transformers"]),
+    ("sampling", ["sampling", "sampling.transformers", "sampling.vllm", "sampling.vllm_worker"]),
     ("learning", ["learner", "optimizer", "policy", "chat"]),
     (
         "passes of the model",
@@ -154,6 +154,7 @@ BESIDE = {
     "rewards.self_reward": {"rewards"},
     "rewards.verifier": {"rewards", "rewards.mathematics", "rewards.sandbox"},
     "sampling.transformers": {"sampling"},
+    "sampling.vllm": {"sampling"},
     "decoding": {"lean_decoder", "prefill", "shared_prompt"},
     "lean_decoder": {"linear", "shared_prompt"},
     "forward": {"decoding", "lean_decoder", "prefill", "shared_prompt", "packed_prompt"},
@@ -190,6 +191,7 @@ LIBRARIES = {
     "safetensors": {"checkpoint", "policy"},
     "huggingface_hub": {"publish", "evaluate.outputs"},
     "peft": {"policy"},
+    "vllm": {"sampling.vllm_worker"},
     "tokenizers": {"arena.tiny_model"},
     "transformers": {
         "chat",
@@ -203,6 +205,7 @@ LIBRARIES = {
         "rewards.reward_model",
         "rewards.self_reward",
         "sampling.transformers",
+        "sampling.vllm",
         "shared_prompt",
         "evaluate.accuracy",
         "arena.pretrain",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from language_self_play.config import Config
-from language_self_play.errors import MemoryLimitError, NonFiniteError
+from language_self_play.config import Config, Rollout
+from language_self_play.errors import MemoryLimitError, NonFiniteError, SamplerError
 from language_self_play.learner import Learner, StepResult
 from language_self_play.policy import Policy
 from language_self_play.types import Completion, Group, Groups, Posed, Solved
@@ -377,6 +377,76 @@ def test_the_recorded_entropy_is_the_mean_surprise_of_a_token(match, settings):
     for groups in (match.solved, match.posed):
         logprobs = [p for c in groups.completions() for p in c.logprobs]
         assert result.entropy[groups.role] == pytest.approx(-sum(logprobs) / len(logprobs), 1e-5)
+
+
+def shift_sampled(groups: Groups, shift: float, group: int, completion: int) -> None:
+    """The sampler says that a completion's tokens were likelier by `shift` nats each."""
+    completions = groups.groups[group].completions
+    old = completions[completion]
+    completions[completion] = old._replace(logprobs=[p + shift for p in old.logprobs])
+
+
+def test_the_recorded_difference_is_the_mean_distance_of_the_log_probs(match, settings):
+    shift_sampled(match.solved, 0.5, 0, 1)  # 1 token
+    shift_sampled(match.posed, -0.25, 0, 3)  # 9 tokens
+    result, _ = step(match, settings())
+    # (1 · 0.5 + 9 · 0.25) / (12 + 9 + 21 tokens) = 2.75 / 42
+    assert result.logprob_difference == pytest.approx(0.0654762, abs=1e-5)
+    assert result.capped_fraction is None
+
+
+# A completion that the sampler found half as likely, token by token, counts twice; capped, 1.5 times.
+@pytest.mark.parametrize(("cap", "weight", "capped"), [(4.0, 2.0, 0.0), (1.5, 1.5, 8 / 42)])
+def test_importance_weights_multiply_what_a_completion_teaches(
+    match, settings, cap, weight, capped
+):
+    no_kl = {"solver_beta": 0.0, "challenger_beta": 0.0}
+    scaled = match.solved.advantages.clone()
+    scaled[0, 2] *= weight
+    unscaled, match.solved.advantages = match.solved.advantages, scaled
+    _, expected = step(match, settings(**no_kl))
+    match.solved.advantages = unscaled
+    shift_sampled(match.solved, -math.log(2), 0, 2)  # 8 tokens
+    result, gradient = step(match, settings(**no_kl, importance_cap=cap))
+    assert_same_gradient(gradient, expected)
+    assert result.capped_fraction == pytest.approx(capped)
+
+
+def test_importance_weights_weigh_the_kl_too(match, settings):
+    for g, group in enumerate(match.solved.groups):
+        for k in range(len(group.completions)):
+            shift_sampled(match.solved, -math.log(2), g, k)
+    match.posed = None
+    _, once = step(match, settings())
+    _, twice = step(match, settings(importance_cap=4.0))
+    assert_same_gradient(twice, 2 * once)
+
+
+def test_by_default_vllms_terms_are_weighted_and_the_policys_own_are_not(make_config):
+    assert make_config().importance_cap == 0
+    assert make_config(rollout={"engine": "vllm"}).importance_cap == 2
+    config = make_config(rollout={"engine": "vllm"}, learner={"importance_cap": 0})
+    assert config.importance_cap == 0
+
+
+def test_a_sampler_too_far_from_the_trainer_teaches_nothing(match, settings):
+    for k in range(len(QUERIES)):
+        shift_sampled(match.posed, 0.3, 0, k)  # 21 of 42 tokens: 0.15 a token
+    before = weights_of(match.model)
+    rollout = {"engine": "vllm", "vllm": {"max_logprob_difference": 0.1}}
+    config = settings().model_copy(update={"rollout": Rollout.model_validate(rollout)})
+    learner = Learner(match.policy, config)
+    with pytest.raises(
+        SamplerError, match=r"by 0\.15 nats a token .*max_logprob_difference = 0\.1;"
+    ):
+        learner.step(match.solved, match.posed, ALPHA)
+    assert torch.equal(weights_of(match.model), before)
+    assert learner.optimizer.state() == {}
+    assert all(p.grad is None for p in match.model.parameters())
+    rollout["vllm"] = {"max_logprob_difference": 0.16}
+    config = settings().model_copy(update={"rollout": Rollout.model_validate(rollout)})
+    Learner(match.policy, config).step(match.solved, match.posed, ALPHA)
+    assert not torch.equal(weights_of(match.model), before)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from language_self_play.losses import aggregate, kl_terms, policy_gradient
+from language_self_play.losses import (
+    aggregate,
+    importance_weights,
+    kl_terms,
+    policy_gradient,
+)
 
 V = 3
 SEQUENCES = list(product(range(V), repeat=2))
@@ -152,6 +157,31 @@ def test_policy_gradient_and_kl_add_up_to_reward_and_beta_times_kl(policy, refer
     target = target + beta * (visits(policy) * kl_of_states(reference, policy)).sum()
     (expected,) = torch.autograd.grad(target, policy, retain_graph=True)
     assert_close(expected_gradient(policy, terms, logprobs), expected, rtol=RTOL, atol=ATOL)
+
+
+def test_importance_weights_by_hand():
+    # π = 0.5, 0.3, 0.9 and μ = 0.4, 0.6, 0.1: 1.25, 0.5, and 9 cut to 2.
+    weights = importance_weights(
+        torch.tensor([[0.5, 0.3, 0.9]]).log(), torch.tensor([[0.4, 0.6, 0.1]]).log(), 2.0
+    )
+    assert_close(weights, torch.tensor([[1.25, 0.5, 2.0]]))
+
+
+def test_importance_weights_make_the_gradient_on_another_samplers_draws_the_policys(
+    policy, reference
+):
+    # Completions of one token: drawn from the reference, learned by the policy.
+    rewards = torch.tensor([-2.0, 1.0, 3.0], dtype=torch.float64)
+    logprobs_KT = policy.log_softmax(-1)[0][:, None]
+    sampled_KT = reference.log_softmax(-1)[0][:, None]
+    weights = importance_weights(logprobs_KT, sampled_KT, 1e9)
+    assert not weights.requires_grad
+    terms = weights * policy_gradient(logprobs_KT, rewards)
+    (target,) = torch.autograd.grad(
+        -(logprobs_KT.exp().squeeze(-1) * rewards).sum(), policy, retain_graph=True
+    )
+    assert target.abs().max() > 0.1
+    assert_close(expected_gradient(policy, terms, sampled_KT), target, rtol=RTOL, atol=ATOL)
 
 
 def test_unknown_kl_estimator_is_refused():

@@ -53,6 +53,18 @@ def expected_of(groups: Groups) -> list[tuple[int, list[int], list[int], float]]
     return [(i, *pair, advantages[i]) for i, pair in enumerate(pairs) if kept[i]]
 
 
+@pytest.mark.parametrize("budget", [1, 25, 10_000])
+def test_the_samplers_log_probs_stand_where_their_tokens_do_and_padding_is_0(budget):
+    groups = make_groups()
+    for group in groups.groups:
+        group.completions[:] = [
+            c._replace(logprobs=[-float(token) for token in c.tokens]) for c in group.completions
+        ]
+    for batch in micro_batches(groups, budget, PAD, CPU):
+        expected = torch.where(batch.mask_BKT, -batch.completions_BKT.float(), 0.0)
+        assert torch.equal(batch.sampled_BKT, expected)
+
+
 @pytest.mark.parametrize("budget", [1, 15, 25, 40, 60, 10_000])
 def test_every_completion_is_in_one_micro_batch_with_its_prompt_and_advantage(budget):
     groups = make_groups()

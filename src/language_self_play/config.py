@@ -39,6 +39,10 @@ Texts = str | Annotated[list[str], Field(min_length=1)]
 
 # Below it several answers to one question tell hardly more than one.
 SPREADING_TEMPERATURE = 0.1
+IMPORTANCE_CAP = 2.0
+# Below, vLLM 0.32 samples at the lowest without saying so; above, it refuses.
+VLLM_TEMPERATURES = (0.01, 2.0)
+
 DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 
 
@@ -355,6 +359,12 @@ class Learner(Section):
         description="KL term: k3 (GRPO's), k2, k1 (as printed in the paper; no pull on average), or"
         " `reward` (folded into the reward).",
     )
+    importance_cap: NonNegativeFloat | None = Field(
+        None,
+        description="Token terms are weighted by min(π_trainer / π_sampler, this cap), for a sampler"
+        " whose log-probs are not quite the trainer's; 0 weights nothing. Unset, 2 with vLLM and 0 with"
+        " transformers, whose ratio is 1. Our choice.",
+    )
     aggregation: Literal["sequence", "sequence_mean", "token_mean"] = Field(
         "sequence",
         description="Token terms: summed over a completion (the paper), averaged over it, or"
@@ -366,10 +376,61 @@ class Learner(Section):
     )
 
 
+class Vllm(Section):
+    """The vLLM engine; docs/vllm.md says how it is installed and what it was tested with."""
+
+    python: Name | None = Field(
+        None, description="The Python that has vLLM; unset, the one that plays the run."
+    )
+    devices: str | None = Field(
+        None,
+        description="The engine's CUDA_VISIBLE_DEVICES, such as `1` or `2,3`; unset, it sees the GPUs"
+        " that the run sees.",
+    )
+    tensor_parallel: PositiveInt = Field(1, description="GPUs that share the engine's weights.")
+    context: PositiveInt | None = Field(
+        None,
+        description="Longest prompt with its completion, in tokens; unset, the model's context, for"
+        " which the engine must have room.",
+    )
+    memory_fraction: Nucleus = Field(
+        0.4, description="Share of the GPU's memory that the engine may take. Our choice."
+    )
+    kv_cache_gib: PositiveFloat | None = Field(
+        None, description="Memory for keys and values, in GiB; unset, what vLLM finds free."
+    )
+    sleep: Flag = Field(
+        True,
+        description="Whether the engine gives its GPU memory back while the policy learns; false where"
+        " it has GPUs of its own.",
+    )
+    eager: Flag | None = Field(
+        None, description="No compilation and no CUDA graphs; unset, so on CPUs and not on GPUs."
+    )
+    transfer_folder: Name | None = Field(
+        None,
+        description="Where weights lie on their way to the engine; unset, /dev/shm if it exists.",
+    )
+    timeout_s: PositiveFloat = Field(
+        1800.0, description="Seconds after which an engine that does not reply counts as dead."
+    )
+    max_logprob_difference: PositiveFloat = Field(
+        0.1,
+        description="Mean difference, in nats a token, between the sampler's and the trainer's"
+        " log-probs past which the run stops: well above bfloat16's rounding, well below what wrong"
+        " weights do (docs/vllm.md). Our choice.",
+    )
+
+
 class Rollout(Section):
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What samples: the policy itself, in this process, or vLLM in one of its own.",
+    )
     batch_size: PositiveInt = Field(
         256, description="Completions decoded at once; changes memory and speed, not results."
     )
+    vllm: Vllm = Vllm()
 
 
 class Table(Section):
@@ -566,6 +627,8 @@ class Config(Section):
                 f'data.path = {self.data.path!r}: only algorithm = "grpo" learns from a file of'
                 f' queries; "{self.algorithm}" poses its own, so leave it out'
             )
+        if self.rollout.engine == "vllm":
+            self._agree_with_vllm()
         tasks, templates = as_list(self.challenger.task), as_list(self.challenger.template)
         if len(tasks) != len(templates):
             raise ValueError(
@@ -573,6 +636,26 @@ class Config(Section):
                 " give one template for each task"
             )
         return self
+
+    def _agree_with_vllm(self) -> None:
+        sampled: dict[str, Sampling | SelfReward] = {"solver": self.solver}
+        if self.algorithm != "grpo":
+            sampled["challenger"] = self.challenger
+        if self.algorithm == "lsp" and self.policy.lora is not None:
+            sampled["self_reward"] = self.self_reward
+        for name, section in sampled.items():
+            low, high = VLLM_TEMPERATURES
+            if not low <= section.temperature <= high:
+                raise ValueError(
+                    f"{name}.temperature = {section.temperature}: vLLM samples at {low} to {high} only;"
+                    ' choose one of those, or rollout.engine = "transformers"'
+                )
+            if isinstance(section, Sampling) and (section.top_p < 1 or section.top_k > 0):
+                raise ValueError(
+                    f"{name}.top_p = {section.top_p}, {name}.top_k = {section.top_k}: vLLM gives"
+                    " log-probs of the distribution that they cut, and the trainer needs those of the"
+                    ' whole one; use top_p = 1 and top_k = 0, or rollout.engine = "transformers"'
+                )
 
     @classmethod
     def from_table(
@@ -615,6 +698,13 @@ class Config(Section):
     def lr(self) -> float:
         """learner.lr, or the paper's for the algorithm (Appendix C)."""
         return self.learner.lr or (1e-6 if self.algorithm == "grpo" else 3e-6)
+
+    @property
+    def importance_cap(self) -> float:
+        """learner.importance_cap, or the engine's default; 0 for no weights."""
+        if self.learner.importance_cap is not None:
+            return self.learner.importance_cap
+        return IMPORTANCE_CAP if self.rollout.engine == "vllm" else 0.0
 
     @property
     def needs_reference(self) -> bool:

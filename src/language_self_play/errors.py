@@ -7,6 +7,7 @@
     ├── RewardError      (ValueError)       a reward that raised or mis-shaped     exit code 2
     ├── RunFolderError   (OSError)          a run folder that can't be used        exit code 2
     ├── NonFiniteError   (ArithmeticError)  a NaN or infinity in the numbers       exit code 3
+    ├── SamplerError     (ArithmeticError)  log-probs that are not the trainer's   exit code 3
     ├── MemoryLimitError (MemoryError)      no memory, in the smallest batches too exit code 2
     ├── ServiceError     (ConnectionError)  an endpoint that stays away            exit code 75
     └── Paused           (InterruptedError) stopped on request, resumable          exit code 75
@@ -56,6 +57,12 @@ class NonFiniteError(LspError, ArithmeticError):
     def __init__(self, message: str, places: Sequence[tuple[str, int]] = ()):
         super().__init__(message)
         self.places = list(places)
+
+
+class SamplerError(LspError, ArithmeticError):
+    """The sampler's log-probs are too far from the trainer's of the same tokens."""
+
+    exit_code = 3
 
 
 class MemoryLimitError(LspError, MemoryError):

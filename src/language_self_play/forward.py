@@ -304,9 +304,15 @@ def _probe(model: PreTrainedModel) -> MicroBatch:
     tokens = (torch.arange(2 * 5 + 2 * 2 * 4, device=device) * 7 + 3) % vocabulary
     prompt_mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], device=device)
     mask = torch.tensor([[4, 2], [1, 3]], device=device)[..., None] > torch.arange(4, device=device)
-    nothing = torch.zeros(2, 2, device=device)
+    completions, nothing = tokens[10:].view(2, 2, 4), torch.zeros(2, 2, device=device)
     return MicroBatch(
-        tokens[:10].view(2, 5), prompt_mask, tokens[10:].view(2, 2, 4), mask, nothing, nothing
+        tokens[:10].view(2, 5),
+        prompt_mask,
+        completions,
+        mask,
+        nothing,
+        nothing,
+        torch.zeros_like(completions),
     )
 
 

@@ -46,6 +46,7 @@ from language_self_play.row_batches import RowBatches
 from language_self_play.run_folder import Record, RunFolder
 from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
+from language_self_play.sampling.vllm import VllmSampler, check_vllm
 from language_self_play.signals import Stops
 from language_self_play.types import Posed, Solved
 
@@ -86,6 +87,7 @@ class Game:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.sampler.close()
         self.reward.close()
         for exam in self.exams:
             exam.close()
@@ -194,6 +196,7 @@ class Game:
         """The learning step, or none where a number is not finite; then `skipped` says which."""
         of_reward, self._not_finite = self._not_finite, None
         self.learner.before_update = self._commit
+        self.sampler.rest()
         try:
             self.is_damaged = bool(places_of_logprobs(posed, solved))
             refuse_nonfinite(posed, solved, R_Q)
@@ -245,6 +248,7 @@ class Game:
             costs,
             objective,
             trouble,
+            self.sampler.version,
         )
 
     def evaluate(self) -> Evaluation:
@@ -277,8 +281,15 @@ def prepare(config: Config) -> Game:
     warn_of_context(config)
     policy = load_policy(config, device)
     reward.load(device)
-    sampler = TransformersSampler(policy.model, policy.chat, config.seed, config.rollout.batch_size)
-    judge = build_judge(config, policy) if config.algorithm == "lsp" else None
+    sampler: Sampler = TransformersSampler(
+        policy.model, policy.chat, config.seed, config.rollout.batch_size
+    )
+    write = None
+    if config.rollout.engine == "vllm":
+        sampler = served = VllmSampler(policy, config)
+        # With LoRA the engine's base is the reference; else it holds none, and the policy's copy judges.
+        write = served.sample_reference if policy.adapter is not None else None
+    judge = build_judge(config, policy, write) if config.algorithm == "lsp" else None
     prompts = challenger_prompts(config) if config.algorithm != "grpo" else []
     learner = Learner(policy, config)
     evaluation = evaluation_batches(config.learner.tokens_per_micro_batch)
@@ -296,6 +307,8 @@ def check_without_weights(
     """
     device = choose_device(config.device)
     resolve_model(config.policy.path)  # before any hub is asked about a reward's model
+    if config.rollout.engine == "vllm":
+        check_vllm(config)
     reward = build_reward(config)
     held_out = arena.is_held_out_query if plays_in_arena(config) else lambda query: False
     questions = load_queries(config.data, held_out) if config.algorithm == "grpo" else []

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from language_self_play.advantages import centre
 from language_self_play.config import Config
-from language_self_play.errors import MemoryLimitError, NonFiniteError
+from language_self_play.errors import MemoryLimitError, NonFiniteError, SamplerError
 from language_self_play.forward import checkpointed_layers, choose_path, completion_logprobs
-from language_self_play.losses import aggregate, kl_terms, policy_gradient
+from language_self_play.losses import aggregate, importance_weights, kl_terms, policy_gradient
 from language_self_play.optimizer import Optimizer, learning_rate
 from language_self_play.out_of_memory import unless_out_of_memory
 from language_self_play.packing import MicroBatch, micro_batches, num_tokens
@@ -31,8 +31,22 @@ class StepResult:
     grad_norm: float = 0.0
     kl: dict[str, float] = field(default_factory=dict)
     entropy: dict[str, float] = field(default_factory=dict)
+    logprob_differences: list[tuple[float, int]] = field(default_factory=list)  # sums, of tokens
+    capped: list[float] = field(default_factory=list)  # importance weights at their cap
     learning_rate: float = 0.0
     skipped: str | None = None  # why no update was made, if none was
+
+    @property
+    def logprob_difference(self) -> float | None:
+        """Mean of |log μ - log π| over tokens, in nats: the sampler's and the trainer's."""
+        num_tokens = sum(n for _, n in self.logprob_differences)
+        return sum(s for s, _ in self.logprob_differences) / num_tokens if num_tokens else None
+
+    @property
+    def capped_fraction(self) -> float | None:
+        """Share of tokens whose importance weight the cap has cut; None without weights."""
+        num_tokens = sum(n for _, n in self.logprob_differences)
+        return sum(self.capped) / num_tokens if self.capped else None
 
 
 class Learner:
@@ -51,8 +65,9 @@ class Learner:
 
         `posed` is None for GRPO, which is the Solver's half; the learning rate is that of `step`.
         Where memory does not suffice, micro-batches are halved from here on and the gradient is
-        taken anew. Raises NonFiniteError, before any weight has changed, if the loss or its gradient
-        is not finite, and MemoryLimitError, before that too, if one completion is too much.
+        taken anew. All before any weight has changed it raises NonFiniteError if the loss or its
+        gradient is not finite, SamplerError if the sampler's log-probs are too far from the trainer's,
+        and MemoryLimitError if one completion is too much.
         """
         terms: list[Term] = [(solved, 1.0, self.config.solver.beta)]
         if posed is not None:
@@ -70,10 +85,25 @@ class Learner:
                 places,
             )
         self._check_room()
+        self._check_sampler(result)
         self.before_update()
         self.optimizer.step(result.learning_rate)
         self.optimizer.zero_grad()  # nothing needs their memory while the next step is played
         return result
+
+    def _check_sampler(self, result: StepResult) -> None:
+        """Raises SamplerError if vLLM's log-probs are not those of the weights that learn."""
+        rollout, difference = self.config.rollout, result.logprob_difference
+        if rollout.engine != "vllm" or difference is None:
+            return
+        if difference > (bound := rollout.vllm.max_logprob_difference):
+            self.optimizer.zero_grad()
+            raise SamplerError(
+                f"the sampler's log-probs differ from the trainer's by {difference:.3g} nats a token on"
+                f" average, more than rollout.vllm.max_logprob_difference = {bound:g}; vLLM computes"
+                " something else than the policy, or other weights; the update was not made."
+                " docs/vllm.md says what to look at"
+            )
 
     def _gradient(self, terms: list[Term]) -> StepResult:
         """The gradient of Σ weight · L, clipped, in micro-batches as large as memory allows."""
@@ -160,16 +190,24 @@ class Learner:
             with checkpointed_layers(model, section.gradient_checkpointing):
                 logprobs = completion_logprobs(model, batch, groups.temperature, self.path)
             logprobs = logprobs.flatten(0, 1)
+            sampled, played = batch.sampled_BKT.flatten(0, 1), logprobs.detach()
+            difference = (played - sampled)[mask].abs().sum().item()
+            result.logprob_differences.append((difference, int(mask.sum())))
             terms = policy_gradient(logprobs, advantages_BK.flatten())
             if of_reference is not None:
                 reference = of_reference.flatten(0, 1)
                 if section.kl != "reward":
                     terms = terms + beta * kl_terms(logprobs, reference, section.kl)
-                kl_sum += kl_terms(logprobs.detach(), reference, "k3")[mask].sum().item()
+                kl_sum += kl_terms(played, reference, "k3")[mask].sum().item()
+            if cap := self.config.importance_cap:
+                # Both terms are means over what was sampled.
+                weights = importance_weights(logprobs, sampled, cap)
+                terms = weights * terms
+                result.capped.append((weights >= cap)[mask].sum().item())
             loss = weight * aggregate(terms, mask, section.aggregation, num_completions, num_tokens)
             loss.backward()
             result.loss += loss.item()
-            entropy_sum -= logprobs.detach()[mask].sum().item()
+            entropy_sum -= played[mask].sum().item()
         # On samples of π itself, the mean of -log π is an unbiased estimate of its entropy.
         result.entropy[role] = entropy_sum / num_tokens
         if beta:

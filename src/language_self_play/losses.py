@@ -28,6 +28,17 @@ def policy_gradient(logprobs_KT: Tensor, advantages_K: Tensor) -> Tensor:
     return -ratio_minus_one * advantages_K[:, None]
 
 
+def importance_weights(logprobs_KT: Tensor, sampled_KT: Tensor, cap: float) -> Tensor:
+    """min(π / μ, C) for every token, shape (K, T), without gradient.
+
+    μ is what the tokens were drawn from: a sampler's distribution, which differs from the trainer's π
+    by its kernels' rounding. E_μ[π/μ · f] = E_π[f], a token at a time; the cap C bounds the variance at
+    the price of a bias where it holds (Ionides, "Truncated importance sampling", 2008). `sampled_KT`
+    are the sampler's own log μ. Paper: plays with the weights' own log-probs, where this is 1.
+    """
+    return (logprobs_KT.detach() - sampled_KT).exp().clamp_max(cap)
+
+
 def kl_terms(logprobs_KT: Tensor, ref_logprobs_KT: Tensor, estimator: KLEstimator) -> Tensor:
     """An estimate of the KL to the reference for every token, shape (K, T), in nats.
 

@@ -469,4 +469,6 @@ def _ones(device: torch.device, *shape: int) -> Tensor:
 def _fake_batch(B: int, P: int, K: int, T: int, device: torch.device) -> MicroBatch:
     ones = partial(_ones, device)
     mask = torch.ones(B, K, T, dtype=torch.bool, device=device)
-    return MicroBatch(ones(B, P), ones(B, P), ones(B, K, T), mask, ones(B, K), ones(B, K))
+    return MicroBatch(
+        ones(B, P), ones(B, P), ones(B, K, T), mask, ones(B, K), ones(B, K), ones(B, K, T)
+    )

@@ -42,6 +42,9 @@ class Turn:
     costs: dict[str, float] = field(default_factory=dict)  # what the reward took, by name
     objective: str = "hardness"
     trouble: Record = field(default_factory=dict)  # what went wrong, by metric; nothing as a rule
+    version: int | None = (
+        None  # of the weights that played, as the sampler says; None is the step's
+    )
 
 
 def step_record(
@@ -60,6 +63,10 @@ def step_record(
         record["queries/unsolvable_fraction"] = sum(unsolvable) / len(unsolvable)
     record |= {f"kl/{role}": kl for role, kl in sorted(result.kl.items())}
     record |= {f"entropy/{role}": entropy for role, entropy in sorted(result.entropy.items())}
+    if result.logprob_difference is not None:
+        record["sync/logprob_difference"] = result.logprob_difference
+    if result.capped_fraction is not None:
+        record["sync/capped_fraction"] = result.capped_fraction
     num_sampled = 0
     for groups in (posed, solved):
         if groups is not None and (completions := groups.completions()):
@@ -130,8 +137,9 @@ def game_records(turn: Turn, describe: Describe) -> list[Record]:
             for query, reward, advantage in zip(posed.all_queries, rewards, advantages, strict=True)
         ]
         games += [_game(query, None, None, []) for query in posed.held_out]
+    version = turn.step if turn.version is None else turn.version
     return [
-        {"step": turn.step, "index": i, "version": turn.step, **game}
+        {"step": turn.step, "index": i, "version": version, **game}
         | (describe(game["query"]) if describe else {})
         for i, game in enumerate(games)
     ]

@@ -30,11 +30,13 @@ class MicroBatch:
     mask_BKT: Tensor
     advantages_BK: Tensor
     index_BK: Tensor  # place of each completion in Groups.completions()
+    sampled_BKT: Tensor  # the sampler's log-probs, 0 where padded
 
 
 class _Slice(NamedTuple):
     prompt: list[int]
     completions: list[list[int]]
+    logprobs: list[list[float]]
     advantages: list[float]
     places: list[int]
 
@@ -79,18 +81,18 @@ def _slices(groups: Groups, budget: int, shared_prompt: bool) -> Iterator[_Slice
     start = 0
     for i, group in enumerate(groups.groups):
         kept = [
-            (completion.tokens, advantages[start + j], start + j)
+            (completion.tokens, completion.logprobs, advantages[start + j], start + j)
             for j, completion in enumerate(group.completions)
             if groups.keep is None or groups.keep[i][j]
         ]
         start += len(group.completions)
         if not kept:
             continue
-        longest = max(len(tokens) for tokens, _, _ in kept)
+        longest = max(len(tokens) for tokens, *_ in kept)
         rows = completions_at_once(budget, len(group.prompt), longest, shared_prompt)
         for first in range(0, len(kept), rows):
-            tokens, slice_advantages, places = zip(*kept[first : first + rows], strict=True)
-            yield _Slice(group.prompt, list(tokens), list(slice_advantages), list(places))
+            columns = map(list, zip(*kept[first : first + rows], strict=True))
+            yield _Slice(group.prompt, *columns)
 
 
 def completions_at_once(budget: int, prompt: int, completion: int, shared_prompt: bool) -> int:
@@ -114,6 +116,8 @@ def _collate(slices: list[_Slice], pad_id: int, device: torch.device) -> MicroBa
     rows = [tokens for s in slices for tokens in s.completions]
     longest = max(map(len, rows))
     completions = torch.tensor([r + [pad_id] * (longest - len(r)) for r in rows], device=device)
+    logprobs = [row for s in slices for row in s.logprobs]
+    sampled = torch.tensor([r + [0.0] * (longest - len(r)) for r in logprobs], device=device)
     lengths = torch.tensor([len(r) for r in rows], device=device)
     mask = torch.arange(longest, device=device) < lengths[:, None]
     return MicroBatch(
@@ -123,6 +127,7 @@ def _collate(slices: list[_Slice], pad_id: int, device: torch.device) -> MicroBa
         mask.view(B, K, longest),
         torch.tensor([s.advantages for s in slices], device=device),
         torch.tensor([s.places for s in slices]),
+        sampled.view(B, K, longest),
     )
 
 

@@ -86,8 +86,13 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write the whole model, an adapter merged, where AutoModelForCausalLM finds it."""
-        self.model.save_pretrained(folder, state_dict=self._merged_weights())
+        self.save_weights(folder)
         self.chat.tokenizer.save_pretrained(folder)
+
+    def save_weights(self, folder: Path, with_adapter: bool = True) -> None:
+        """Write the model without its tokenizer, an adapter merged or left out."""
+        weights = self._merged_weights() if with_adapter else self._base_weights()
+        self.model.save_pretrained(folder, state_dict=weights)
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter alone, where PEFT finds it. Its base is the stage's initial model."""

@@ -34,7 +34,7 @@ Part = Literal["model", "adapter"]
 # on purpose, the device.
 RESUMABLE = (
     *("steps", "eval.every", "checkpoint.", "guard.", "log.", "device"),
-    *("learner.tokens_per_micro_batch", "rollout.batch_size"),
+    *("learner.tokens_per_micro_batch", "rollout.batch_size", "rollout.vllm."),
 )
 
 # What is left open in a recipe, and written to config.toml as it was resolved.

@@ -203,7 +203,7 @@ def checkpoint(game: Game, run: RunFolder, step: int, last: bool = False) -> Non
 
 
 def guard(game: Game, run: RunFolder, turn: Turn) -> None:
-    """Tell of batches that had to be halved, and of an update that was not made.
+    """Tell of batches halved, of an engine started again, and of an update that was not made.
 
     After guard.max_skipped of those in a row the run stops: NonFiniteError, after a checkpoint, with
     the step's batch in a file.
@@ -211,6 +211,9 @@ def guard(game: Game, run: RunFolder, turn: Turn) -> None:
     if (sizes := game.halved_sizes()) != game.told_sizes:
         run.event("out_of_memory", step=turn.step, **sizes)
         game.told_sizes = sizes
+    for trouble in game.sampler.trouble:
+        run.event("engine_restarted", step=turn.step, reason=trouble)
+    game.sampler.trouble.clear()
     if (reason := turn.result.skipped) is None:
         return
     run.event("skipped", step=turn.step, reason=reason)

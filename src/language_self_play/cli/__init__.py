@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0 done, 1 internal error, 2 bad input, 3 stopped by non-finite numbers,
+    0 done, 1 internal error, 2 bad input, 3 stopped by non-finite numbers (or a sampler that is not the policy),
     75 paused and resumable, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -26,6 +26,10 @@ from language_self_play.prompts import (
 )
 from language_self_play.row_batches import RowBatches
 from language_self_play.sampling.transformers import TransformersSampler
+from language_self_play.types import Group, Role
+
+# Sampler.sample, of the reference.
+Write = Callable[[list[list[int]], int, Role, Sampling, int], list[Group]]
 
 
 class JudgeQuestions:
@@ -86,6 +90,8 @@ class QualityJudge:
                without a score takes the mean of the batch's other scores
     expected   Σ_s s · p(s) over the digits 0 to 7, right after an opening score tag
     criteria   Σ_c p(yes) over the seven criteria
+
+    `write` samples the replies where another engine than `sampler` holds π_Ref too.
     """
 
     def __init__(
@@ -94,8 +100,10 @@ class QualityJudge:
         settings: SelfReward,
         tokens_at_once: int,
         as_reference: Callable[[], AbstractContextManager[PreTrainedModel]],
+        write: Write | None = None,
     ):
         self.sampler = sampler
+        self.write = write or sampler.sample
         self.as_reference = as_reference
         self.settings = settings
         self.batches = RowBatches(
@@ -135,7 +143,7 @@ class QualityJudge:
     def _generate(self, pairs: list[tuple[str, str]]) -> list[float | None]:
         prompts = self.questions.prompts(pairs)
         fitting = [i for i, prompt in enumerate(prompts) if self.questions.fits(prompt)]
-        groups = self.sampler.sample(
+        groups = self.write(
             [prompts[i] for i in fitting],
             1,
             "judge",
@@ -192,14 +200,14 @@ class QualityJudge:
         return result
 
 
-def build_judge(config: Config, policy: Policy) -> QualityJudge:
+def build_judge(config: Config, policy: Policy, write: Write | None = None) -> QualityJudge:
     """The reference model as judge. Its randomness is a stream of its own."""
     tokens = config.learner.tokens_per_micro_batch
     # A judge's prompt may be much longer than a player's: a batch is bounded by its tokens, too.
     sampler = TransformersSampler(
         policy.model, policy.chat, config.seed, config.rollout.batch_size, prompt_tokens=tokens
     )
-    return QualityJudge(sampler, config.self_reward, tokens, policy.as_reference)
+    return QualityJudge(sampler, config.self_reward, tokens, policy.as_reference, write)
 
 
 def _next_tokens(chat: Chat, prefill: str, words: list[str]) -> list[int]:

@@ -19,6 +19,7 @@ class Sampler(Protocol):
     context_length: int
     batch_size: int  # completions decoded at once; lower than configured where memory ran out
     step: int  # of the last `sync`
+    trouble: list[str]  # what went wrong and was mended, until the run has told of it
 
     def sync(self, model: PreTrainedModel, step: int) -> None:
         """Take over the weights of `model`, version `step`; draws are functions of `step`."""
@@ -27,3 +28,13 @@ class Sampler(Protocol):
         self, prompts: list[list[int]], n: int, role: Role, settings: Sampling, max_tokens: int
     ) -> list[Group]:
         """One group of `n` completions for each prompt, in order."""
+
+    @property
+    def version(self) -> int:
+        """Of the weights that the last completions came from."""
+
+    def rest(self) -> None:
+        """Nothing will be sampled until the next `sync`: its memory is the learner's."""
+
+    def close(self) -> None:
+        """End what it has started."""

@@ -57,6 +57,7 @@ class TransformersSampler:
             prompt_tokens  # of one batch, padding included, if it has several prompts
         )
         self.step = 0
+        self.trouble: list[str] = []
         self.context_length = context_length(model.config)
         self.shares_prompts = goes_on_from_shared_prompts(model)
 
@@ -64,6 +65,17 @@ class TransformersSampler:
         """Sample version `step` from now on. The weights are the model's own: nothing moves."""
         self.model = model
         self.step = step
+
+    @property
+    def version(self) -> int:
+        """The weights are the policy's own, so they are of the step that is played."""
+        return self.step
+
+    def rest(self) -> None:
+        """Nothing: it has no memory of its own."""
+
+    def close(self) -> None:
+        """Nothing: it has started nothing."""
 
     @torch.inference_mode()
     def sample(
