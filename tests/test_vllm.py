@@ -396,7 +396,9 @@ def test_an_engine_that_cannot_start_says_why(tmp_path: Path, vllm_python: str):
 
 
 def test_a_killed_run_takes_its_engine_along(tmp_path: Path, vllm_python: str):
-    (tmp_path / "run.toml").write_text(arena(vllm_python, steps=1000).to_toml())
+    # The kill may come while weights are on their way, whose folder then stays.
+    config = arena(vllm_python, steps=1000, rollout={"vllm": {"transfer_folder": str(tmp_path)}})
+    (tmp_path / "run.toml").write_text(config.to_toml())
     command = [sys.executable, "-m", "language_self_play", "train", "run.toml", "--run", "run"]
     run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     metrics = tmp_path / "run" / "metrics.jsonl"
