@@ -41,7 +41,7 @@ class Ours:
                     "max_tokens": work.length,
                     "beta": work.beta,
                 },
-                # Not our default of 16,384; on a quiet machine both took the same time.
+                # Not our default of 16,384, which took the same time; rows.py tries another.
                 "learner": {"lr": LEARNING_RATE, "tokens_per_micro_batch": 2048},
                 "reward": {"main": {"kind": "arena"}},  # not asked: `reward` below is
             }

@@ -33,6 +33,8 @@ GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 LARGE_VOCABULARY = 49_152
 # Micro-batches of the padded version, in completions; the faster one is kept.
 PADDED_ROWS = (16, 64)
+# And of ours, in tokens, likewise.
+OUR_TOKENS = (2048, 4096)
 # Of `generate`; the faster one is kept.
 CACHES = ("growing", "static")
 
@@ -259,7 +261,8 @@ def _learning(row: Row, run: Run, folder: Path) -> Result:
         with ours.policy.as_reference() as reference:
             move_away(reference)
 
-    def learn() -> None:
+    def learn(tokens: int = OUR_TOKENS[0]) -> None:
+        ours.learner.tokens_per_micro_batch = tokens
         # Learner.step takes the Solver's groups and the Challenger's; alone, either is the first.
         ours.learner.step(roles[-1], roles[0] if len(roles) == 2 else None, 1.0)
 
@@ -273,12 +276,17 @@ def _learning(row: Row, run: Run, folder: Path) -> Result:
         raise AssertionError(f"the gradients differ by {difference:.1e} of their norm")
     num = _fastest({n: partial(p.step, roles) for n, p in tries.items()}, run)
     padded = tries[num]
+    tokens = _fastest({n: partial(learn, n) for n in OUR_TOKENS}, run)
     sides = {
-        "ours": lambda: timed(learn, run.clock),
+        "ours": lambda: timed(partial(learn, tokens), run.clock),
         "padded": lambda: timed(lambda: padded.step(roles), run.clock),
     }
     times = alternate(sides, row.rounds, run.budget_s)
-    return {"times": times, "gradient_difference": difference, "settings": f"{num} rows"}
+    return {
+        "times": times,
+        "gradient_difference": difference,
+        "settings": f"{num} rows, ours {tokens} tokens",
+    }
 
 
 def _gradients_of(optimizer: Any, step: Callable[[], None]) -> torch.Tensor:
