@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file, save_file
 
 from language_self_play.config import Checkpoint
+from language_self_play.distributed import ALONE, Ranks
 from language_self_play.durable import NO_ROOM, make_folder, remove_folder, sync
 from language_self_play.errors import RunFolderError
 from language_self_play.run_folder import Part, RunFolder, step_of, unwritable
@@ -37,7 +38,7 @@ CHECKSUMS = "SHA256SUMS"
 
 def save_checkpoint(
     run: RunFolder, policy: Policy, optimizer: Optimizer, step: int, keep: Checkpoint
-) -> Path:
+) -> None:
     """Write checkpoints/step-`step`, then remove the older ones that `keep` does not keep.
 
     Records that wait for the disk are written first: what a checkpoint skips on resume is recorded.
@@ -70,7 +71,6 @@ def save_checkpoint(
     run.written("checkpoint")
     for old in _superseded(run.checkpoints(), keep):
         remove_folder(old)
-    return place
 
 
 def save_model(run: RunFolder, policy: Policy, card: Callable[[Path, Part], str]) -> None:
@@ -99,7 +99,9 @@ def save_model(run: RunFolder, policy: Policy, card: Callable[[Path, Part], str]
         run.stop(error)
 
 
-def load_checkpoint(run: RunFolder, policy: Policy, optimizer: Optimizer) -> int:
+def load_checkpoint(
+    run: RunFolder, policy: Policy, optimizer: Optimizer, ranks: Ranks = ALONE
+) -> int:
     """Restore the newest whole checkpoint into `policy` and `optimizer`; return its step.
 
     Damaged newer ones are renamed, `damaged-step-000100`, with a warning: nothing is removed that
@@ -107,6 +109,17 @@ def load_checkpoint(run: RunFolder, policy: Policy, optimizer: Optimizer) -> int
     RunFolderError if all are damaged, or if the reference is no longer the model that the run began
     with.
     """
+    name = ranks.once(_newest_whole, run.own, policy)
+    if name is None:
+        return 0
+    place = run.checkpoints_folder / name
+    policy.load_trained(place / _trained(policy))
+    optimizer.load_state(load_file(place / "optimizer.safetensors"))
+    return step_of(place)
+
+
+def _newest_whole(run: RunFolder, policy: Policy) -> str | None:
+    """The name of the newest whole checkpoint, damaged newer ones set aside; None if there is none."""
     damaged: list[tuple[Path, str]] = []
     for place in reversed(run.checkpoints()):
         if (problem := damage(place)) is None:
@@ -119,18 +132,16 @@ def load_checkpoint(run: RunFolder, policy: Policy, optimizer: Optimizer) -> int
                 f"{run.checkpoints_folder}: no checkpoint is whole ({listed}); put back a copy of one,"
                 " or move them away to play from the beginning"
             )
-        return 0
+        return None
     state = json.loads((place / "state.json").read_text("utf-8"))
     if state["reference_hash"] != policy.reference_hash:
         raise RunFolderError(
             f"{place}: the reference model has changed since the run began; restore the model that"
             " policy.path named then, or start a new run"
         )
-    policy.load_trained(place / _trained(policy))
-    optimizer.load_state(load_file(place / "optimizer.safetensors"))
     for other, problem in damaged:
         _set_aside(run, other, f"{other}: damaged, {problem}", place)
-    return int(state["step"])
+    return place.name
 
 
 def checksums(folder: Path) -> str:

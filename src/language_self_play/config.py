@@ -414,6 +414,16 @@ class Guard(Section):
     )
 
 
+class Distributed(Section):
+    """How the processes that torchrun starts share a run; of no effect on one process."""
+
+    timeout_s: PositiveFloat = Field(
+        1800.0,
+        description="Seconds that a rank waits for the others, such as while the first asks a judge,"
+        " before it gives the run up.",
+    )
+
+
 class Log(Section):
     progress: Literal["auto", "bar", "plain", "none"] = Field(
         "auto", description="A live bar on a terminal, plain lines elsewhere, or nothing."
@@ -461,6 +471,7 @@ class Config(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
+    distributed: Distributed = Distributed()
     log: Log = Log()
 
     @pydantic.model_validator(mode="after")

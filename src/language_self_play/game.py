@@ -14,6 +14,7 @@ from language_self_play.arena import tasks as arena
 from language_self_play.chat import load_chat
 from language_self_play.config import Config, as_list
 from language_self_play.data import Question, load_queries, queries_of_step
+from language_self_play.distributed import ALONE, Ranks, threads_of_rank
 from language_self_play.errors import ConfigError, NonFiniteError
 from language_self_play.evaluate.accuracy import arena_accuracy
 from language_self_play.guard import in_words, places_of_logprobs, refuse_nonfinite
@@ -51,6 +52,8 @@ class Game:
     challenger_prompts: list[ChallengerPrompt]
     questions: list[Question]
     stops: Stops = field(default_factory=Stops)
+    ranks: Ranks = ALONE
+    is_asked_to_stop: bool = False  # as the ranks have agreed
     version: int | None = None  # of the weights, while they may be written: until their update
     skipped: int = 0  # updates in a row
     is_damaged: bool = False  # the weights, by what they say of their own samples
@@ -107,11 +110,16 @@ class Game:
         return {name: now for name, (now, configured) in sizes.items() if now < configured}
 
     def checkpoint_is_due(self, step: int) -> bool:
-        """By cadence, at the end, or because SIGUSR1 has asked for one."""
-        asked = self.stops.take_checkpoint_request()
+        """By cadence, at the end, or because SIGUSR1 has asked for one.
+
+        Here the ranks agree on what signals have asked any of them for.
+        """
+        self.is_asked_to_stop, asked = self.ranks.any(
+            self.stops.requested, self.stops.take_checkpoint_request()
+        )
         if step == self.config.steps:
             return True
-        if self.stops.requested:
+        if self.is_asked_to_stop:
             return False  # pausing writes one
         return asked or step % self.config.checkpoint.every == 0
 
@@ -139,12 +147,17 @@ class Game:
     def rewards(
         self, queries: list[str], answers: list[list[str]], keys: list[str | None] | None
     ) -> Tensor:
-        """R, (N, G). Where a reward is not finite all of it is NaN, and nothing will be learned."""
+        """R, (N, G). Where a reward is not finite all of it is NaN, and nothing will be learned.
+
+        The first rank asks for it: a judge is paid once.
+        """
+        G = len(answers[0]) if answers else 0
         try:
-            return self.reward(queries, answers, keys)
+            rows = self.ranks.once(lambda: self.reward(queries, answers, keys).tolist())
         except NonFiniteError as error:
             self._not_finite = error
-            return torch.full((len(queries), len(answers[0])), math.nan)
+            return torch.full((len(queries), G), math.nan)
+        return torch.tensor(rows).view(len(queries), G)
 
     def self_reward(self, queries: list[str], answers: list[list[str]]) -> Tensor:
         """R_Q, (N, G): the judge's in LSP, zeros otherwise."""
@@ -212,7 +225,10 @@ class Game:
         )
 
     def evaluate(self) -> Record:
-        """The metrics of config.eval.tasks for the current weights."""
+        """The metrics of config.eval.tasks for the current weights, measured on the first rank."""
+        return self.ranks.once(self._evaluate)
+
+    def _evaluate(self) -> Record:
         if "arena" not in self.config.eval.tasks:
             return {}
         tokens_at_once = self.config.learner.tokens_per_micro_batch
@@ -223,21 +239,25 @@ class Game:
         return finite(accuracy.metrics())
 
 
-def prepare(config: Config) -> Game:
+def prepare(config: Config, ranks: Ranks = ALONE) -> Game:
     """Check everything that needs no weights, then load them."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or threads_of_rank(ranks.place))
     device, reward, questions = check_without_weights(config)
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     config = config.model_copy(update={"threads": torch.get_num_threads(), "dtype": dtype})
     warn_of_bias(config)
     policy = load_policy(config, device)
-    reward.load(device)
-    sampler = TransformersSampler(policy.model, policy.chat, config.seed, config.rollout.batch_size)
-    judge = build_judge(config, policy) if config.algorithm == "lsp" else None
+    if ranks.is_first:
+        reward.load(device)
+    sampler = TransformersSampler(
+        policy.model, policy.chat, config.seed, config.rollout.batch_size, ranks
+    )
+    judge = build_judge(config, policy, ranks) if config.algorithm == "lsp" else None
     prompts = challenger_prompts(config) if config.algorithm != "grpo" else []
-    learner = Learner(policy, config)
-    return Game(config, policy, sampler, learner, reward, judge, prompts, questions)
+    learner = Learner(policy, config, ranks)
+    return Game(
+        config, policy, sampler, learner, reward, judge, prompts, questions, ranks=ranks
+    )
 
 
 def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list[Question]]:

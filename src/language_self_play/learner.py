@@ -11,12 +11,19 @@ from torch import Tensor
 
 from language_self_play.advantages import centre
 from language_self_play.config import Config
+from language_self_play.distributed import ALONE, Ranks
 from language_self_play.errors import MemoryLimitError, NonFiniteError
 from language_self_play.forward import checkpointed_layers, choose_path, completion_logprobs
 from language_self_play.losses import aggregate, kl_terms, policy_gradient
 from language_self_play.optimizer import Optimizer, learning_rate
 from language_self_play.out_of_memory import free_cached_memory, is_out_of_memory
-from language_self_play.packing import MicroBatch, micro_batches, num_tokens
+from language_self_play.packing import (
+    MicroBatch,
+    kept_completions,
+    micro_batches,
+    num_tokens,
+    share_of_tokens,
+)
 from language_self_play.policy import Policy
 from language_self_play.types import Groups
 
@@ -36,9 +43,13 @@ class StepResult:
 
 
 class Learner:
-    """AdamW on the policy, one step for both roles together (Algorithm 1)."""
+    """AdamW on the policy, one step for both roles together (Algorithm 1).
 
-    def __init__(self, policy: Policy, config: Config):
+    Of several ranks each learns from its share of the completions; sums and counts are of all.
+    """
+
+    def __init__(self, policy: Policy, config: Config, ranks: Ranks = ALONE):
+        self.ranks = ranks
         self.policy = policy
         self.config = config
         self.optimizer = Optimizer(policy.model, config.learner)
@@ -77,16 +88,17 @@ class Learner:
     def _gradient(self, terms: list[Term]) -> StepResult:
         """The gradient of Σ weight · L, clipped, in micro-batches as large as memory allows."""
         while True:
-            result = StepResult()
+            result, ran_out = StepResult(), False
             self.optimizer.zero_grad()
             try:
                 for groups, weight, beta in terms:
                     self._backward(groups, weight, beta, result)
-                result.grad_norm = self.optimizer.clip(self.config.learner.max_grad_norm)
-                return result
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
+                ran_out = True
+            if not any(self.ranks.any(ran_out)):
+                return self._summed(result)
             # Outside of `except`: its traceback would keep the pass's tensors alive.
             self.optimizer.zero_grad()
             free_cached_memory()
@@ -95,13 +107,15 @@ class Learner:
     def _halve_micro_batches(self, terms: list[Term]) -> None:
         """Half the tokens of the largest micro-batch. Raises MemoryLimitError if it is one completion."""
         batches = [batch for groups, _, _ in terms for batch in self._micro_batches(groups)]
-        if all(batch.index_BK.numel() == 1 for batch in batches):
+        one_each = all(batch.index_BK.numel() == 1 for batch in batches)
+        largest = max((num_tokens(b, self.path.shared_prompt) for b in batches), default=1)
+        largest = self.ranks.most(largest)
+        if not any(self.ranks.any(not one_each)):
             raise MemoryLimitError(
                 f"{self.policy.device} has no memory left to learn from one completion; lower"
                 " solver.max_tokens or challenger.max_tokens, or set learner.gradient_checkpointing or"
                 " policy.lora"
             )
-        largest = max(num_tokens(batch, self.path.shared_prompt) for batch in batches)
         self.tokens_per_micro_batch = max(1, min(self.tokens_per_micro_batch, largest) // 2)
 
     def _places_not_finite(self, terms: list[Term]) -> list[tuple[str, int]]:
@@ -123,23 +137,32 @@ class Learner:
                 result = StepResult()
                 self.optimizer.zero_grad()
                 self._backward(replace(groups, keep=keep), weight, beta, result)
-                result.grad_norm = self.optimizer.clip(self.config.learner.max_grad_norm)
-                if not _is_finite(result):
+                if not _is_finite(self._summed(result)):
                     places.append((groups.role, i))
         return places
 
+    def _summed(self, result: StepResult) -> StepResult:
+        """`result` and the gradients, summed over the ranks, the latter then clipped."""
+        measured = [result.loss, *result.kl.values(), *result.entropy.values()]
+        result.loss, *by_role = self.ranks.sums(measured)
+        result.kl = dict(zip(result.kl, by_role, strict=False))
+        result.entropy = dict(zip(result.entropy, by_role[len(result.kl) :], strict=True))
+        self.ranks.sum_gradients(list(self.optimizer.weights.values()))
+        result.grad_norm = self.optimizer.clip(self.config.learner.max_grad_norm)
+        return result
+
     def _backward(self, groups: Groups, weight: float, beta: float, result: StepResult) -> None:
-        """Add weight · L to the gradients, and what it measures to `result`."""
+        """Add this rank's part of weight · L to the gradients, and what it measures to `result`."""
         section, model, role = self.config.learner, self.policy.model, groups.role
-        batches = self._micro_batches(groups)
-        num_completions = sum(b.mask_BKT[..., 0].numel() for b in batches)
-        num_tokens = sum(int(b.mask_BKT.sum()) for b in batches)
+        lengths = [len(c.tokens) for c in kept_completions(groups)]
+        num_completions, total_tokens = len(lengths), sum(lengths)
         if num_completions == 0:
             return
+        batches = self._micro_batches(groups)
         references: Iterable[Tensor | None] = self._reference_logprobs(batches, groups, beta)
         penalties = None
         if beta and section.kl == "reward":
-            references = list(references)
+            references = self._together(references)
             penalties = self._kl_penalties(groups, beta, batches, references)
         kl_sum = entropy_sum = 0.0
         for batch, of_reference in zip(batches, references, strict=True):
@@ -157,14 +180,14 @@ class Learner:
                 if section.kl != "reward":
                     terms = terms + beta * kl_terms(logprobs, reference, section.kl)
                 kl_sum += kl_terms(logprobs.detach(), reference, "k3")[mask].sum().item()
-            loss = weight * aggregate(terms, mask, section.aggregation, num_completions, num_tokens)
+            loss = weight * aggregate(terms, mask, section.aggregation, num_completions, total_tokens)
             loss.backward()
             result.loss += loss.item()
             entropy_sum -= logprobs.detach()[mask].sum().item()
         # On samples of π itself, the mean of -log π is an unbiased estimate of its entropy.
-        result.entropy[role] = entropy_sum / num_tokens
+        result.entropy[role] = entropy_sum / total_tokens
         if beta:
-            result.kl[role] = kl_sum / num_tokens
+            result.kl[role] = kl_sum / total_tokens
 
     def _reference_logprobs(
         self, batches: list[MicroBatch], groups: Groups, beta: float
@@ -177,6 +200,20 @@ class Learner:
             with torch.no_grad(), self.policy.as_reference() as reference:
                 logprobs = completion_logprobs(reference, batch, groups.temperature, self.path)
             yield logprobs
+
+    def _together(self, logprobs: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """All of `logprobs`; where one rank's memory runs out, all raise what their own would."""
+        found: list[Tensor | None] = []
+        ran_out = False
+        try:
+            found.extend(logprobs)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            ran_out = True
+        if any(self.ranks.any(ran_out)):
+            raise MemoryError("a rank is out of memory")
+        return found
 
     def _kl_penalties(
         self,
@@ -194,15 +231,18 @@ class Learner:
         """
         if groups.keep is not None:
             batches = self._micro_batches(replace(groups, keep=None))
-            references = list(self._reference_logprobs(batches, groups, beta))
-        penalties = torch.tensor([sum(c.logprobs) for c in groups.completions()])
+            references = self._together(self._reference_logprobs(batches, groups, beta))
+        sums = torch.zeros(len(groups.completions()))
         for batch, reference in zip(batches, references, strict=True):
             assert reference is not None, "β is positive"
-            penalties[batch.index_BK] -= reference.sum(-1).cpu()
+            sums[batch.index_BK] = reference.sum(-1).cpu()
+        sampled = torch.tensor([sum(c.logprobs) for c in groups.completions()])
+        penalties = sampled - torch.tensor(self.ranks.sums(sums.tolist()))
         return beta * centre(penalties.view(len(groups.groups), -1)).flatten()
 
     def _micro_batches(self, groups: Groups) -> list[MicroBatch]:
         budget = self.tokens_per_micro_batch
+        groups = replace(groups, keep=share_of_tokens(groups, self.ranks.rank, self.ranks.size))
         pad_id, device = self.policy.chat.pad_id, self.policy.model.device
         return list(micro_batches(groups, budget, pad_id, device, self.path.shared_prompt))
 

@@ -30,7 +30,7 @@ Part = Literal["model", "adapter"]
 
 # What a resumed run may change: how long it runs, cadences, when it stops, and how much memory it takes.
 RESUMABLE = (
-    *("steps", "eval.every", "checkpoint.", "guard.", "log."),
+    *("steps", "eval.every", "checkpoint.", "guard.", "log.", "distributed."),
     *("learner.tokens_per_micro_batch", "rollout.batch_size"),
 )
 
@@ -54,6 +54,7 @@ class RunFolder:
         self.checkpoints_folder = self.folder / "checkpoints"
         self.model_folder = self.folder / "model"
         self.adapter_folder = self.folder / "adapter"
+        self.own = self  # what this process alone reads and writes
         self._unwritten: list[tuple[int, str, str]] = []  # step, games, record
         self._untold: list[str] = []  # events
         self._warned: dict[str, int] = {}  # what couldn't be written -> the error's number

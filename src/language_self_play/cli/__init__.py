@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from language_self_play import __version__
-from language_self_play.errors import ConfigError, LspError
+from language_self_play.errors import ConfigError, LspError, Paused
 
 # name -> (module, one line of help), in the order in which a newcomer meets them.
 COMMANDS = {
@@ -57,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except LspError as error:
-        for line in str(error).splitlines():
-            print(f"lsp: {line}", file=sys.stderr)
+        if _speaks(error):
+            for line in str(error).splitlines():
+                print(f"{_name()}: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\nlsp: interrupted", file=sys.stderr)
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("LSP_TRACEBACK"):
             traceback.print_exc()
         print(
-            f"lsp: internal error: {type(error).__name__}: {error}."
+            f"{_name()}: internal error: {type(error).__name__}: {error}."
             " This is a bug; LSP_TRACEBACK=1 shows where, please report it",
             file=sys.stderr,
         )
@@ -79,7 +80,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"lsp: warning: {message}", file=sys.stderr)
+    if _rank() == 0:
+        print(f"lsp: warning: {message}", file=sys.stderr)
+
+
+def _rank() -> int:
+    """Which of the processes that torchrun started this is; 0 without it."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
+
+
+def _name() -> str:
+    return f"lsp (rank {_rank()})" if _rank() else "lsp"
+
+
+def _speaks(error: LspError) -> bool:
+    """Whether it is for this rank to tell: of an error that all ranks meet, the first one tells."""
+    return _rank() == 0 or not (error.agreed or isinstance(error, (ConfigError, Paused)))
 
 
 def _run(arguments: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from language_self_play.chat import Chat
 from language_self_play.config import Config, Sampling, SelfReward
+from language_self_play.distributed import ALONE, Ranks
 from language_self_play.errors import ConfigError
 from language_self_play.packing import batches
 from language_self_play.policy import Policy
@@ -163,8 +165,14 @@ class QualityJudge:
     def _next_token(self, prompts: list[list[int]]) -> list[list[float] | None]:
         """Probabilities of the choices as the next token, renormalised over them.
 
-        None for a prompt that the model's context does not hold.
+        None for a prompt that the model's context does not hold. Each rank computes its share.
         """
+        ranks = self.sampler.ranks
+        share = ranks.share(len(prompts))
+        own = json.dumps(self._next_token_of(prompts[share.start : share.stop]))
+        return [row for part in ranks.gather(own.encode()) for row in json.loads(part)]
+
+    def _next_token_of(self, prompts: list[list[int]]) -> list[list[float] | None]:
         model, pad_id = self.sampler.model, self.sampler.chat.pad_id
         result: list[list[float] | None] = [None] * len(prompts)
         fitting = [i for i, prompt in enumerate(prompts) if self.questions.fits(prompt)]
@@ -185,9 +193,11 @@ class QualityJudge:
         return result
 
 
-def build_judge(config: Config, policy: Policy) -> QualityJudge:
+def build_judge(config: Config, policy: Policy, ranks: Ranks = ALONE) -> QualityJudge:
     """The reference model as judge. Its randomness is a stream of its own."""
-    sampler = TransformersSampler(policy.model, policy.chat, config.seed, config.rollout.batch_size)
+    sampler = TransformersSampler(
+        policy.model, policy.chat, config.seed, config.rollout.batch_size, ranks
+    )
     return QualityJudge(
         sampler, config.self_reward, config.learner.tokens_per_micro_batch, policy.as_reference
     )
