@@ -14,7 +14,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -181,6 +181,11 @@ class Ranks:
                 self.leave()
             raise
 
+    def outlive_first(self) -> None:
+        """Wait until the first rank's process has ended: a launcher kills the others when one ends."""
+        with suppress(RuntimeError):
+            dist.broadcast(torch.zeros(1), 0)
+
     def leave(self) -> None:
         """From here on nothing is exchanged: the first rank writes what it has, the others nothing."""
         self.apart = self.size > 1
@@ -220,15 +225,17 @@ def join_ranks(timeout_s: float) -> Iterator[Ranks]:
     ranks = Ranks(place)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     with in_words():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
         with ranks.together():
             yield ranks
-    finally:
-        if not ranks.apart:  # who ends alone must not wait for the others to say good-bye
-            dist.destroy_process_group()
+    except BaseException:
+        if not (ranks.apart or ranks.is_first):
+            ranks.outlive_first()
+        raise  # without a good-bye, for which who ends alone would have to wait
+    dist.destroy_process_group()
 
 
 @contextmanager
@@ -239,10 +246,9 @@ def in_words() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, LspError) or not is_of_ranks(error):
             raise
-        reason = str(error).strip().splitlines()[0]
         raise RankError(
-            "another rank has ended, or did not answer within distributed.timeout_s; its own message says"
-            f" why ({reason}). The run goes on from its newest checkpoint by --resume"
+            "another rank has ended, or gave no sign for distributed.timeout_s; what it said itself tells"
+            " why. The run goes on from its newest checkpoint by --resume"
         ) from None
 
 
@@ -254,6 +260,23 @@ def is_of_ranks(error: BaseException) -> bool:
 def threads_of_rank(place: Place) -> int:
     """CPU threads of a rank, so that all ranks of a host together take no more than it has."""
     return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // place.local_size))
+
+
+def device_of_rank(device: torch.device, place: Place) -> torch.device:
+    """The GPU of a rank on its host. Raises ConfigError where the host has too few, or one is named."""
+    if device.type != "cuda" or place.size == 1:
+        return device
+    if device.index is not None:
+        raise ConfigError(
+            f'device = "{device}": names one GPU, and {place.local_size} ranks on this host need one'
+            " each; use cuda"
+        )
+    if place.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{place.local_size} ranks on a host with {torch.cuda.device_count()} GPUs; start as many"
+            ' ranks as there are GPUs, or use device = "cpu"'
+        )
+    return torch.device("cuda", place.local_rank)
 
 
 class SharedRunFolder(RunFolder):

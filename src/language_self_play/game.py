@@ -14,7 +14,7 @@ from language_self_play.arena import tasks as arena
 from language_self_play.chat import load_chat
 from language_self_play.config import Config, as_list
 from language_self_play.data import Question, load_queries, queries_of_step
-from language_self_play.distributed import ALONE, Ranks, threads_of_rank
+from language_self_play.distributed import ALONE, Ranks, device_of_rank, threads_of_rank
 from language_self_play.errors import ConfigError, NonFiniteError
 from language_self_play.evaluate.accuracy import arena_accuracy
 from language_self_play.guard import in_words, places_of_logprobs, refuse_nonfinite
@@ -60,6 +60,12 @@ class Game:
     told_sizes: dict[str, int] = field(default_factory=dict)
     _not_finite: NonFiniteError | None = None  # of this step's reward
 
+    @property
+    def can_save(self) -> bool:
+        """Whether a checkpoint of the weights can be had and is worth having."""
+        shards_are_lost = self.ranks.apart and self.policy.sharded is not None
+        return not (self.is_damaged or shards_are_lost)
+
     def __enter__(self) -> Game:
         return self
 
@@ -77,7 +83,8 @@ class Game:
 
     def sync(self, step: int) -> None:
         """From here on draws are those of `step`, from the policy's current weights."""
-        self.sampler.sync(self.policy.model, step)
+        self.policy.gather()
+        self.sampler.sync(self.policy.whole, step)
         if self.judge is not None:
             self.judge.sampler.step = step
         self.version = step
@@ -171,6 +178,7 @@ class Game:
         """The learning step, or none where a number is not finite; then `skipped` says which."""
         of_reward, self._not_finite = self._not_finite, None
         self.learner.before_update = self._commit
+        self.policy.release()
         try:
             self.is_damaged = bool(places_of_logprobs(posed, solved))
             refuse_nonfinite(posed, solved, R_Q)
@@ -234,7 +242,7 @@ class Game:
         tokens_at_once = self.config.learner.tokens_per_micro_batch
         system_prompt = self.config.solver.system_prompt
         accuracy = arena_accuracy(
-            self.policy.model, self.policy.chat, tokens_at_once, system_prompt
+            self.policy.whole, self.policy.chat, tokens_at_once, system_prompt
         )
         return finite(accuracy.metrics())
 
@@ -242,30 +250,32 @@ class Game:
 def prepare(config: Config, ranks: Ranks = ALONE) -> Game:
     """Check everything that needs no weights, then load them."""
     torch.set_num_threads(config.threads or threads_of_rank(ranks.place))
-    device, reward, questions = check_without_weights(config)
+    device, reward, questions = check_without_weights(config, ranks)
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     config = config.model_copy(update={"threads": torch.get_num_threads(), "dtype": dtype})
     warn_of_bias(config)
-    policy = load_policy(config, device)
+    policy = load_policy(config, device, ranks)
+    policy.gather()
     if ranks.is_first:
         reward.load(device)
     sampler = TransformersSampler(
-        policy.model, policy.chat, config.seed, config.rollout.batch_size, ranks
+        policy.whole, policy.chat, config.seed, config.rollout.batch_size, ranks
     )
     judge = build_judge(config, policy, ranks) if config.algorithm == "lsp" else None
     prompts = challenger_prompts(config) if config.algorithm != "grpo" else []
+    policy.release()
     learner = Learner(policy, config, ranks)
-    return Game(
-        config, policy, sampler, learner, reward, judge, prompts, questions, ranks=ranks
-    )
+    return Game(config, policy, sampler, learner, reward, judge, prompts, questions, ranks=ranks)
 
 
-def check_without_weights(config: Config) -> tuple[torch.device, RewardSum, list[Question]]:
+def check_without_weights(
+    config: Config, ranks: Ranks = ALONE
+) -> tuple[torch.device, RewardSum, list[Question]]:
     """Device, reward and GRPO's questions: whatever can be wrong before weights load shows here.
 
     Raises ConfigError, InputFileError, ModelError or RewardError.
     """
-    device = choose_device(config.device)
+    device = device_of_rank(choose_device(config.device), ranks.place)
     reward = build_reward(config)
     held_out = arena.is_held_out_query if plays_in_arena(config) else lambda query: False
     questions = load_queries(config.data, held_out) if config.algorithm == "grpo" else []

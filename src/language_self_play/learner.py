@@ -11,7 +11,7 @@ from torch import Tensor
 
 from language_self_play.advantages import centre
 from language_self_play.config import Config
-from language_self_play.distributed import ALONE, Ranks
+from language_self_play.distributed import ALONE, Ranks, in_words
 from language_self_play.errors import MemoryLimitError, NonFiniteError
 from language_self_play.forward import checkpointed_layers, choose_path, completion_logprobs
 from language_self_play.losses import aggregate, kl_terms, policy_gradient
@@ -19,6 +19,7 @@ from language_self_play.optimizer import Optimizer, learning_rate
 from language_self_play.out_of_memory import free_cached_memory, is_out_of_memory
 from language_self_play.packing import (
     MicroBatch,
+    first_kept,
     kept_completions,
     micro_batches,
     num_tokens,
@@ -53,7 +54,9 @@ class Learner:
         self.policy = policy
         self.config = config
         self.optimizer = Optimizer(policy.model, config.learner)
-        self.path = choose_path(policy.model)
+        # FSDP2 averages gradients over the ranks; here they are to be added.
+        self.gradient_scale = 1 if policy.sharded is None else ranks.size
+        self.path = policy.compute(choose_path)
         self.tokens_per_micro_batch = config.learner.tokens_per_micro_batch
         self.before_update: Callable[[], None] = lambda: None  # called when only the update is left
 
@@ -96,6 +99,13 @@ class Learner:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.policy.sharded is not None:
+                    raise MemoryLimitError(
+                        f"{self.policy.device} has no memory left to learn, and with"
+                        ' distributed.parallel = "fsdp" a rank can\'t repeat its part alone; lower'
+                        " learner.tokens_per_micro_batch, set learner.gradient_checkpointing or"
+                        " distributed.cpu_offload, or use more ranks; it goes on by --resume"
+                    ) from None
                 ran_out = True
             if not any(self.ranks.any(ran_out)):
                 return self._summed(result)
@@ -147,7 +157,8 @@ class Learner:
         result.loss, *by_role = self.ranks.sums(measured)
         result.kl = dict(zip(result.kl, by_role, strict=False))
         result.entropy = dict(zip(result.entropy, by_role[len(result.kl) :], strict=True))
-        self.ranks.sum_gradients(list(self.optimizer.weights.values()))
+        if self.policy.sharded is None:
+            self.ranks.sum_gradients(list(self.optimizer.weights.values()))
         result.grad_norm = self.optimizer.clip(self.config.learner.max_grad_norm)
         return result
 
@@ -166,24 +177,28 @@ class Learner:
             penalties = self._kl_penalties(groups, beta, batches, references)
         kl_sum = entropy_sum = 0.0
         for batch, of_reference in zip(batches, references, strict=True):
-            advantages_BK = batch.advantages_BK
+            advantages_BK, counts = batch.advantages_BK, int(batch.counts)
             if penalties is not None:
                 advantages_BK = advantages_BK - penalties[batch.index_BK].to(advantages_BK.device)
             mask = batch.mask_BKT.flatten(0, 1)
             # Padding is 0 in both log-probs: an infinite term there would be NaN in the gradient.
             with checkpointed_layers(model, section.gradient_checkpointing):
-                logprobs = completion_logprobs(model, batch, groups.temperature, self.path)
+                logprobs = self.policy.compute(
+                    completion_logprobs, batch, groups.temperature, self.path
+                )
             logprobs = logprobs.flatten(0, 1)
             terms = policy_gradient(logprobs, advantages_BK.flatten())
             if of_reference is not None:
                 reference = of_reference.flatten(0, 1)
                 if section.kl != "reward":
                     terms = terms + beta * kl_terms(logprobs, reference, section.kl)
-                kl_sum += kl_terms(logprobs.detach(), reference, "k3")[mask].sum().item()
-            loss = weight * aggregate(terms, mask, section.aggregation, num_completions, total_tokens)
-            loss.backward()
+                kl_sum += counts * kl_terms(logprobs.detach(), reference, "k3")[mask].sum().item()
+            total = aggregate(terms, mask, section.aggregation, num_completions, total_tokens)
+            loss = counts * weight * total
+            with in_words():
+                (loss * self.gradient_scale).backward()
             result.loss += loss.item()
-            entropy_sum -= logprobs.detach()[mask].sum().item()
+            entropy_sum -= counts * logprobs.detach()[mask].sum().item()
         # On samples of π itself, the mean of -log π is an unbiased estimate of its entropy.
         result.entropy[role] = entropy_sum / total_tokens
         if beta:
@@ -197,9 +212,9 @@ class Learner:
             if not beta:
                 yield None
                 continue
-            with torch.no_grad(), self.policy.as_reference() as reference:
-                logprobs = completion_logprobs(reference, batch, groups.temperature, self.path)
-            yield logprobs
+            yield self.policy.compute_reference(
+                completion_logprobs, batch, groups.temperature, self.path
+            )
 
     def _together(self, logprobs: Iterable[Tensor | None]) -> list[Tensor | None]:
         """All of `logprobs`; where one rank's memory runs out, all raise what their own would."""
@@ -235,6 +250,8 @@ class Learner:
         sums = torch.zeros(len(groups.completions()))
         for batch, reference in zip(batches, references, strict=True):
             assert reference is not None, "β is positive"
+            if not batch.counts:
+                continue
             sums[batch.index_BK] = reference.sum(-1).cpu()
         sampled = torch.tensor([sum(c.logprobs) for c in groups.completions()])
         penalties = sampled - torch.tensor(self.ranks.sums(sums.tolist()))
@@ -242,9 +259,16 @@ class Learner:
 
     def _micro_batches(self, groups: Groups) -> list[MicroBatch]:
         budget = self.tokens_per_micro_batch
-        groups = replace(groups, keep=share_of_tokens(groups, self.ranks.rank, self.ranks.size))
-        pad_id, device = self.policy.chat.pad_id, self.policy.model.device
-        return list(micro_batches(groups, budget, pad_id, device, self.path.shared_prompt))
+        own = replace(groups, keep=share_of_tokens(groups, self.ranks.rank, self.ranks.size))
+        pad_id, device = self.policy.chat.pad_id, self.policy.device
+        shares_prompt = self.path.shared_prompt
+        batches = list(micro_batches(own, budget, pad_id, device, shares_prompt))
+        if self.policy.sharded is not None:
+            # A pass takes all ranks, so those with fewer micro-batches go along with what doesn't count.
+            one = replace(groups, keep=first_kept(groups))
+            idle = [replace(b, counts=False) for b in micro_batches(one, budget, pad_id, device)]
+            batches += idle * (self.ranks.most(len(batches)) - len(batches))
+        return batches
 
 
 def _is_finite(result: StepResult) -> bool:

@@ -29,6 +29,7 @@ class MicroBatch:
     mask_BKT: Tensor
     advantages_BK: Tensor
     index_BK: Tensor  # place of each completion in Groups.completions()
+    counts: bool = True  # False where a rank only goes along with others' passes
 
 
 class _Slice(NamedTuple):
@@ -80,11 +81,14 @@ def share_of_tokens(groups: Groups, rank: int, size: int) -> list[list[bool]] | 
         return groups.keep
     kept = groups.keep or [[True] * len(group.completions) for group in groups.groups]
     tokens = [
-        [(len(c.tokens) + len(g.prompt) / max(1, sum(flags))) * flag for c, flag in zip(g.completions, flags, strict=True)]
+        [
+            (len(c.tokens) + len(g.prompt) / max(1, sum(flags))) * flag
+            for c, flag in zip(g.completions, flags, strict=True)
+        ]
         for g, flags in zip(groups.groups, kept, strict=True)
     ]
     total, before = sum(map(sum, tokens)), 0.0
-    keep = []
+    keep: list[list[bool]] = []
     for flags, row in zip(kept, tokens, strict=True):
         keep.append([])
         for flag, length in zip(flags, row, strict=True):
@@ -100,6 +104,13 @@ def kept_completions(groups: Groups) -> list[Completion]:
         return groups.completions()
     flags = [flag for row in groups.keep for flag in row]
     return [c for c, flag in zip(groups.completions(), flags, strict=True) if flag]
+
+
+def first_kept(groups: Groups) -> list[list[bool]]:
+    """`groups.keep` with nothing but its first completion."""
+    kept = groups.keep or [[True] * len(group.completions) for group in groups.groups]
+    first = next((i, j) for i, row in enumerate(kept) for j, flag in enumerate(row) if flag)
+    return [[(i, j) == first for j in range(len(row))] for i, row in enumerate(kept)]
 
 
 def _slices(groups: Groups, budget: int, shared_prompt: bool) -> Iterator[_Slice]:

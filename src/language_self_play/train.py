@@ -172,6 +172,7 @@ def play(game: Game, run: RunFolder, start: int, progress: Progress) -> None:
     if evaluation:
         run.record({"step": config.steps, **evaluation}, [])
         progress.step({"step": config.steps, **evaluation}, [])
+    policy.gather(on_first_only=True)
     game.ranks.once(save_model, run.own, policy, model_card)
     run.event("finished", step=config.steps)
 
@@ -182,7 +183,9 @@ def pause(game: Game, run: RunFolder, step: int, reason: str | None = None) -> N
     run.event("paused", step=step, **({"reason": reason} if reason else {}))
     played = f"{step} of {game.config.steps} steps played"
     why = f"paused, {reason}; {played}" if reason else f"paused, {played}"
-    raise Paused(f"{why}; go on with: lsp train --resume {run.folder}")
+    paused = Paused(f"{why}; go on with: lsp train --resume {run.folder}")
+    paused.agreed = not game.ranks.apart
+    raise paused
 
 
 def checkpoint(game: Game, run: RunFolder, step: int, last: bool = False) -> None:
@@ -191,11 +194,11 @@ def checkpoint(game: Game, run: RunFolder, step: int, last: bool = False) -> Non
     Where the disk can't take it the run goes on to its next one, with a warning; where this is the
     `last`, as it is at the run's end, it stops: Paused, resumable from the checkpoint before.
     """
-    if game.is_damaged:
+    if not game.can_save:
         return
     try:
         keep, optimizer = game.config.checkpoint, game.learner.optimizer
-        game.ranks.once(save_checkpoint, run.own, game.policy, optimizer, step, keep)
+        save_checkpoint(run, game.policy, optimizer, step, keep, game.ranks)
     except RunFolderError as error:
         if last or step == game.config.steps:
             run.stop(error)
@@ -225,10 +228,12 @@ def guard(game: Game, run: RunFolder, turn: Turn) -> None:
     except RunFolderError as error:
         batch = str(error)
     run.event("stopped", step=turn.step + 1, reason=reason)
-    raise NonFiniteError(
+    stopped = NonFiniteError(
         f"{reason}\nthe run stopped, because {game.skipped} updates in a row were skipped"
         f" (guard.max_skipped); {batch}"
     )
+    stopped.agreed = True
+    raise stopped
 
 
 def rescue(game: Game, run: RunFolder, error: Exception) -> None:
@@ -236,7 +241,7 @@ def rescue(game: Game, run: RunFolder, error: Exception) -> None:
 
     Raises MemoryLimitError, in words, in place of an allocator's error.
     """
-    step = game.version
+    step = game.version if game.can_save else None
     with suppress(LspError):  # such as a full disk, which may be the error
         if step is not None:
             checkpoint(game, run, step)

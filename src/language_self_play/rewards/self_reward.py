@@ -196,10 +196,13 @@ class QualityJudge:
 def build_judge(config: Config, policy: Policy, ranks: Ranks = ALONE) -> QualityJudge:
     """The reference model as judge. Its randomness is a stream of its own."""
     sampler = TransformersSampler(
-        policy.model, policy.chat, config.seed, config.rollout.batch_size, ranks
+        policy.whole, policy.chat, config.seed, config.rollout.batch_size, ranks
     )
     return QualityJudge(
-        sampler, config.self_reward, config.learner.tokens_per_micro_batch, policy.as_reference
+        sampler,
+        config.self_reward,
+        config.learner.tokens_per_micro_batch,
+        policy.as_whole_reference,
     )
 
 
