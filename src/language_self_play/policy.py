@@ -236,7 +236,7 @@ def _load_sharded(config: Config, device: torch.device, ranks: Ranks) -> Policy:
     reference = None
     if config.needs_reference:
         reference = copy.deepcopy(model).requires_grad_(False)
-        reference.to(dtype=dtype)
+        reference.to(dtype)  # type: ignore[arg-type]  # transformers' stub
     policy = Policy(model, chat, reference)
     policy.shard(ranks, device, dtype, config.distributed.cpu_offload)
     return policy
