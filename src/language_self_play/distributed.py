@@ -271,7 +271,7 @@ def device_of_rank(device: torch.device, place: Place) -> torch.device:
             f'device = "{device}": names one GPU, and {place.local_size} ranks on this host need one'
             " each; use cuda"
         )
-    if place.local_rank >= torch.cuda.device_count():
+    if place.local_size > torch.cuda.device_count():
         raise ConfigError(
             f"{place.local_size} ranks on a host with {torch.cuda.device_count()} GPUs; start as many"
             ' ranks as there are GPUs, or use device = "cpu"'
@@ -316,8 +316,8 @@ def _told(error: LspError) -> dict[str, Any]:
 def _heard(told: dict[str, Any]) -> LspError:
     kind: type[LspError] = getattr(errors, told["error"])
     error = kind(told["message"])
-    if told["errno"] is not None:
-        vars(error)["errno"] = error.errno = told["errno"]  # type: ignore[attr-defined]
+    if isinstance(error, OSError):
+        error.errno = told["errno"]
     if told["places"] is not None:
         error.places = [(role, i) for role, i in told["places"]]  # type: ignore[attr-defined]
     return error

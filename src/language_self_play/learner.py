@@ -159,7 +159,8 @@ class Learner:
         result.entropy = dict(zip(result.entropy, by_role[len(result.kl) :], strict=True))
         if self.policy.sharded is None:
             self.ranks.sum_gradients(list(self.optimizer.weights.values()))
-        result.grad_norm = self.optimizer.clip(self.config.learner.max_grad_norm)
+        with in_words():
+            result.grad_norm = self.optimizer.clip(self.config.learner.max_grad_norm)
         return result
 
     def _backward(self, groups: Groups, weight: float, beta: float, result: StepResult) -> None:

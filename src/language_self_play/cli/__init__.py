@@ -13,7 +13,14 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from language_self_play import __version__
-from language_self_play.errors import ConfigError, LspError, Paused
+from language_self_play.errors import (
+    ConfigError,
+    InputFileError,
+    LspError,
+    ModelError,
+    Paused,
+    RunFolderError,
+)
 
 # name -> (module, one line of help), in the order in which a newcomer meets them.
 COMMANDS = {
@@ -95,8 +102,14 @@ def _name() -> str:
 
 
 def _speaks(error: LspError) -> bool:
-    """Whether it is for this rank to tell: of an error that all ranks meet, the first one tells."""
-    return _rank() == 0 or not (error.agreed or isinstance(error, (ConfigError, Paused)))
+    """Whether it is for this rank to tell, and not for another that meets the same.
+
+    What all agree on the first one tells; settings and files are the same for all ranks of a host.
+    """
+    if error.agreed or isinstance(error, Paused):
+        return _rank() == 0
+    of_host = (ConfigError, InputFileError, ModelError, RunFolderError)
+    return os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, of_host)
 
 
 def _run(arguments: list[str]) -> int:
