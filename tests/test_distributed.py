@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -352,6 +353,33 @@ def test_what_goes_wrong_on_the_first_rank_is_told_once_and_ends_all(folder):
     process = lsp(folder, 2, "train", recipe, "--run", run)
     said, _ = process.communicate(timeout=120)
     assert said.count("already holds a run") == 1
+
+
+@pytest.mark.slow
+def test_ranks_started_without_torchrun_end_with_the_codes_of_one_process(folder):
+    recipe, run = slow_game(folder, "bare")
+    command = [sys.executable, "-m", "language_self_play", "train", recipe, "--run", run]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment(folder)
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            | {"RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for r in range(2)
+    ]
+    wait_for_steps(run, 2, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75]
+    assert "paused" in said[0]
+    assert said[1] == ""
 
 
 # ---------------------------------------------------------------- the parts

@@ -53,7 +53,6 @@ class Game:
     questions: list[Question]
     stops: Stops = field(default_factory=Stops)
     ranks: Ranks = ALONE
-    is_asked_to_stop: bool = False  # as the ranks have agreed
     version: int | None = None  # of the weights, while they may be written: until their update
     skipped: int = 0  # updates in a row
     is_damaged: bool = False  # the weights, by what they say of their own samples
@@ -116,17 +115,16 @@ class Game:
         }
         return {name: now for name, (now, configured) in sizes.items() if now < configured}
 
-    def checkpoint_is_due(self, step: int) -> bool:
-        """By cadence, at the end, or because SIGUSR1 has asked for one.
+    def is_asked_to_stop(self) -> bool:
+        """Whether a signal has asked any rank to: asked at the same moment by all, they agree."""
+        return any(self.ranks.any(self.stops.requested))
 
-        Here the ranks agree on what signals have asked any of them for.
-        """
-        self.is_asked_to_stop, asked = self.ranks.any(
-            self.stops.requested, self.stops.take_checkpoint_request()
-        )
+    def checkpoint_is_due(self, step: int) -> bool:
+        """By cadence, at the end, or because SIGUSR1 has asked for one."""
+        asked = any(self.ranks.any(self.stops.take_checkpoint_request()))
         if step == self.config.steps:
             return True
-        if self.is_asked_to_stop:
+        if self.is_asked_to_stop():
             return False  # pausing writes one
         return asked or step % self.config.checkpoint.every == 0
 

@@ -163,7 +163,7 @@ def play(game: Game, run: RunFolder, start: int, progress: Progress) -> None:
         guard(game, run, turn)  # tells of what went wrong; stops when that goes on
         if game.checkpoint_is_due(step + 1):
             save(game, run, step + 1)
-        if game.is_asked_to_stop and step + 1 < config.steps:
+        if step + 1 < config.steps and game.is_asked_to_stop():
             pause(game, run, step + 1)
 
     sync(config.steps)
