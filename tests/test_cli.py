@@ -381,6 +381,8 @@ def no_hub(monkeypatch):
     [
         ("runs/arnea", "; did you mean runs/arena?"),
         ("runs/zzz", ""),
+        ("kept/arnea", "; did you mean kept/arena?"),
+        ("kept/zzz", ""),
         ("runs/arena/modle", "; did you mean runs/arena/model?"),
         ("./rnus", "; did you mean runs?"),
         ("minstral/", "; did you mean minstrel?"),
@@ -393,6 +395,7 @@ def test_a_mistyped_folder_is_told_with_the_nearest_and_no_hub_is_asked(
 ):
     monkeypatch.chdir(tmp_path)
     (make_run(tmp_path / "runs" / "arena") / "model").mkdir()
+    make_run(tmp_path / "kept" / "arena")
     make_run(tmp_path / "minstrel")
     flag = ["arena", "--policy.path"] if command == ["train"] else []
     assert main([*command, *flag, model]) == 2

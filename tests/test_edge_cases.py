@@ -207,11 +207,11 @@ def test_an_answer_that_meets_the_contexts_end_is_cut_there(
     assert max(a["tokens"] for a in answers) == 2
     assert all(a["finish_reason"] == "length" or a["tokens"] <= 2 for a in answers)
     # A query that fills the context leaves no room for an answer.
-    full = grpo(path, [query, query + "1+1"])
+    full = grpo(path, [query, query + "1+"])  # exactly as long as the context
     monkeypatch.setattr(game, "load_policy", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(
         ConfigError,
-        match=rf"^\S+\.jsonl:2: the query takes {prompt + 3} tokens with the chat template, and the"
+        match=rf"^\S+\.jsonl:2: the query takes {prompt + 2} tokens with the chat template, and the"
         rf" model's context has only {prompt + 2}; remove it",
     ):
         self_play(full, tmp_path / "full")

@@ -441,7 +441,7 @@ def test_a_sampler_too_far_from_the_trainer_teaches_nothing(match, settings):
     ):
         learner.step(match.solved, match.posed, ALPHA)
     assert torch.equal(weights_of(match.model), before)
-    assert learner.optimizer.state() == {}
+    assert not any(state.any() for state in learner.optimizer.state().values())  # moments, steps
     assert all(p.grad is None for p in match.model.parameters())
     rollout["vllm"] = {"max_logprob_difference": 0.16}
     config = settings().model_copy(update={"rollout": Rollout.model_validate(rollout)})

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from language_self_play.cli import Parser
 from language_self_play.cli.evaluate import write_report
-from language_self_play.cli.overrides import split_overrides
 from language_self_play.errors import ConfigError, InputFileError
 
 if TYPE_CHECKING:
@@ -68,6 +67,9 @@ def parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, dic
     """(the command's own options, the judge's settings). Raises ConfigError."""
     if not {"-h", "--help"}.isdisjoint(arguments):
         parser.parse_args(["--help"])
+
+    from language_self_play.cli.overrides import split_overrides
+
     own = {flag for action in parser._actions for flag in action.option_strings}
     rest, table = split_overrides(arguments, own)
     judge = table.pop("judge", {})

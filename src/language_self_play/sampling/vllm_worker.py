@@ -63,7 +63,7 @@ class Engine:
         from vllm.lora.request import LoRARequest
 
         self._wake()
-        # A name of its own: the prefix cache tells adapters apart by their names.
+        # A name of its own: the prefix cache tells adapters apart by name and folder.
         name, number = f"version-{request['version']}", request["version"] + 1
         if self.adapter is not None:
             self.llm.llm_engine.remove_lora(self.adapter.lora_int_id)
