@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{_name()}: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        print(f"\nlsp: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
+        if _rank() == 0:
+            print(f"\nlsp: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has left (`lsp config | head`); there is no one to tell.
