@@ -70,9 +70,9 @@ VARIANT = {
 NARROW = {"challenger": {"num_queries": 2}, "solver": {"group_size": 2}}
 FSDP = {"distributed": {"parallel": "fsdp"}}
 
-# Of the second rank's passes those where memory runs out, counted without and with gradient. A first
-# role's gradient is where another rank may be at the second role's already.
-OUT_OF_MEMORY = {"False": [2], "True": [1, 4]}
+# Of the second rank's draws, and of its passes without and with gradient, those where memory runs out. A
+# first role's gradient is where another rank may be at the second role's already.
+OUT_OF_MEMORY = {"draw": [1], "False": [2], "True": [1, 4]}
 
 # What so many ranks play, one after the other in the same processes.
 PLAYED: dict[int, list[tuple[dict, ...]]] = {
@@ -88,15 +88,22 @@ from pathlib import Path
 import torch
 from language_self_play import Config, learner, self_play, train
 from language_self_play.distributed import join_ranks
+from language_self_play.sampling import transformers
 
-compute, step = learner.completion_logprobs, learner.Learner.step
+draw, compute, step = transformers.draw_tokens, learner.completion_logprobs, learner.Learner.step
 fails, calls, seen = {}, {}, []
 
-def compute_or_fail(*arguments):
-    kind = str(torch.is_grad_enabled())
+def maybe_fail(kind):
     calls[kind] = calls.get(kind, 0) + 1
     if os.environ["RANK"] == "1" and calls[kind] in fails.get(kind, ()):
         raise torch.OutOfMemoryError("out of memory")
+
+def draw_or_fail(*arguments):
+    maybe_fail("draw")
+    return draw(*arguments)
+
+def compute_or_fail(*arguments):
+    maybe_fail(str(torch.is_grad_enabled()))
     return compute(*arguments)
 
 def watched_step(self, *arguments):
@@ -105,7 +112,8 @@ def watched_step(self, *arguments):
     seen.append((self.tokens_per_micro_batch, tokens))
     return result
 
-learner.completion_logprobs, learner.Learner.step = compute_or_fail, watched_step
+transformers.draw_tokens, learner.completion_logprobs = draw_or_fail, compute_or_fail
+learner.Learner.step = watched_step
 with join_ranks(60.0) as ranks:
     train.join_ranks = lambda timeout_s: nullcontext(ranks)
     for table, run, fails in json.loads(Path(sys.argv[1]).read_text()):
@@ -239,7 +247,8 @@ def numbers(run: RunFolder) -> list[float]:
         found += [g["challenger_reward"], g["challenger_advantage"]]
         found += [a[k] for a in g["answers"] for k in ("reward", "quality", "advantage")]
     for record in run.metrics():
-        found += [v for k, v in record.items() if not k.startswith(("time/", "memory/"))]
+        kept = {k: v for k, v in record.items() if not k.startswith(("time/", "memory/"))}
+        found += [len(kept), *kept.values()]
     return [float("nan") if number is None else float(number) for number in found]
 
 
@@ -257,7 +266,6 @@ def assert_same_play(one: RunFolder, many: RunFolder) -> None:
     assert texts(many) == texts(one)
     assert asked(many) == asked(one)
     assert [step for step, *_ in asked(many)] == [0] * 5 + [4] * 5
-    assert [r.keys() for r in many.metrics()] == [r.keys() for r in one.metrics()]
     assert numbers(many) == pytest.approx(numbers(one), rel=1e-3, abs=1e-5, nan_ok=True)
     expected, found = weights(one), weights(many)
     assert found.keys() == expected.keys()
@@ -315,6 +323,8 @@ def test_memory_that_runs_out_on_one_rank_halves_the_batches_of_all(alone, toget
     # Once for the pass without a gradient and twice for those with one.
     assert sizes[0][-1] <= configured // 8
     assert list(run.metrics())[3]["memory/micro_batch_tokens"] == sizes[0][-1]
+    # The first draws are those of the second rank's 3 questions of 5, with 3 answers each: 9 // 2.
+    assert next(run.metrics())["memory/rollout_batch_size"] == 4
     assert_same_play(alone(*tables), run)
 
 

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 4 -m language_self_play train my.toml
 
 Every rank holds the same settings and plays the same steps. What differs is small: a rank draws its share
-of a step's completions and learns from its share of their tokens; the first one asks the reward, evaluates,
-and alone writes. Between ranks go completions (as bytes of ours), sums of gradients, and what the first rank
+of a step's completions and learns from its share of their tokens; the first one asks the reward, checks the
+answers of an evaluation, and alone writes. Between ranks go completions (as bytes of ours), sums of gradients, and what the first rank
 found, as JSON; nothing is pickled. A process alone is the one rank of `Ranks()`, and exchanges nothing.
 """
 
