@@ -321,10 +321,10 @@ def test_a_run_killed_between_a_record_and_its_checkpoint_loses_no_step(tmp_path
     whole = self_play(small(), tmp_path / "whole")
     save = train.save_checkpoint
 
-    def die_at_step_4(run, policy, optimizer, step, keep_last):
+    def die_at_step_4(run, policy, optimizer, step, keep_last, ranks):
         if step == 4:
             raise KeyboardInterrupt
-        return save(run, policy, optimizer, step, keep_last)
+        return save(run, policy, optimizer, step, keep_last, ranks)
 
     monkeypatch.setattr(train, "save_checkpoint", die_at_step_4)
     with pytest.raises(KeyboardInterrupt):

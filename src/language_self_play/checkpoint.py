@@ -3,6 +3,7 @@
     checkpoints/step-000100/    restores weights version 100, before step 100 is played
         model/                  the policy, loadable with AutoModelForCausalLM; with LoRA instead
         adapter/                the adapter alone, loadable with PEFT
+        shards/                 or with distributed.parallel = "fsdp" each rank's rows of weights and moments
         optimizer.safetensors   AdamW's moments and float32 weights, by parameter name
         state.json              step, and the hash of the reference's weights
         SHA256SUMS              of every other file, written last; `sha256sum -c SHA256SUMS` checks it
@@ -16,41 +17,104 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from language_self_play.config import Checkpoint
-from language_self_play.durable import NO_ROOM, make_folder, remove_folder, sync
+from language_self_play.distributed import ALONE, Ranks
+from language_self_play.durable import NO_ROOM, errno_of, make_folder, remove_folder, sync
 from language_self_play.errors import RunFolderError
 from language_self_play.run_folder import Part, RunFolder, step_of, unwritable
+from language_self_play.shard_files import Shards, local, rows_of, save_shard
 
 if TYPE_CHECKING:
     from language_self_play.optimizer import Optimizer
     from language_self_play.policy import Policy
 
 CHECKSUMS = "SHA256SUMS"
+SHARDS, WEIGHT, MASTER = "shards", "weight", "master"
 
 
 def save_checkpoint(
-    run: RunFolder, policy: Policy, optimizer: Optimizer, step: int, keep: Checkpoint
-) -> Path:
+    run: RunFolder,
+    policy: Policy,
+    optimizer: Optimizer,
+    step: int,
+    keep: Checkpoint,
+    ranks: Ranks = ALONE,
+) -> None:
     """Write checkpoints/step-`step`, then remove the older ones that `keep` does not keep.
+
+    All ranks call it and the first one writes, but for shards, of which each writes its own.
 
     Records that wait for the disk are written first: what a checkpoint skips on resume is recorded.
     A whole checkpoint of the step is left as it is. Raises RunFolderError, with the errno of what the
     file system says; the checkpoints that were there are as before, or where room was missing those
     that `keep` would have kept.
     """
+    shards = None
+    if policy.sharded is not None:
+        shards = run.checkpoints_folder / f".shards-{step:06d}"
+        _write_shards(shards, run, optimizer, ranks)
+    ranks.once(_save_checkpoint, run.own, policy, optimizer, step, keep, shards)
+
+
+def _write_shards(folder: Path, run: RunFolder, optimizer: Optimizer, ranks: Ranks) -> None:
+    """Every rank's file, into a folder beside; where one can't be written, all raise RunFolderError."""
+
+    def begin() -> None:
+        for unfinished in run.checkpoints_folder.glob(".shards-*"):
+            remove_folder(unfinished)
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise unwritable(folder, error) from None
+
+    ranks.once(begin)
+    tensors = optimizer.state()
+    for name, weight in optimizer.weights.items():
+        tensors[f"{name}:{WEIGHT}"] = local(weight.detach()).cpu().contiguous()
+    pieces = {}
+    for key, tensor in tensors.items():
+        if tensor.dim():
+            rows = len(optimizer.weights[key.rsplit(":", 1)[0]])
+            pieces[key] = (rows_of(ranks.rank, ranks.size, rows).start, rows)
+    number = 0
+    try:
+        save_shard(folder, tensors, pieces, ranks.rank, ranks.size)
+    except Exception as error:
+        if (number := errno_of(error) or 0) == 0:
+            raise
+    if number := ranks.most(number):
+        ranks.once(remove_folder, folder)
+        failure = unwritable(folder, OSError(number, os.strerror(number)))
+        failure.agreed = True
+        raise failure
+
+
+def _save_checkpoint(
+    run: RunFolder,
+    policy: Policy,
+    optimizer: Optimizer,
+    step: int,
+    keep: Checkpoint,
+    shards: Path | None,
+) -> None:
     run.flush()
     place = run.checkpoints_folder / f"step-{step:06d}"
 
     def fill(folder: Path) -> None:
-        policy.save_trained(folder / _trained(policy))
-        save_file(optimizer.state(), folder / "optimizer.safetensors")
+        if shards is not None:
+            os.replace(shards, folder / SHARDS)
+        else:
+            policy.save_trained(folder / _trained(policy))
+            save_file(optimizer.state(), folder / "optimizer.safetensors")
         state = {"step": step, "reference_hash": policy.reference_hash}
         (folder / "state.json").write_text(json.dumps(state), "utf-8")
         (folder / CHECKSUMS).write_text(checksums(folder), "utf-8")
@@ -67,10 +131,11 @@ def save_checkpoint(
                 make_folder(place, fill)
             except OSError as still:
                 raise unwritable(place, still) from None
+    if shards is not None:
+        remove_folder(shards)  # of a step that a whole checkpoint was there of
     run.written("checkpoint")
     for old in _superseded(run.checkpoints(), keep):
         remove_folder(old)
-    return place
 
 
 def save_model(run: RunFolder, policy: Policy, card: Callable[[Path, Part], str]) -> None:
@@ -99,7 +164,9 @@ def save_model(run: RunFolder, policy: Policy, card: Callable[[Path, Part], str]
         run.stop(error)
 
 
-def load_checkpoint(run: RunFolder, policy: Policy, optimizer: Optimizer) -> int:
+def load_checkpoint(
+    run: RunFolder, policy: Policy, optimizer: Optimizer, ranks: Ranks = ALONE
+) -> int:
     """Restore the newest whole checkpoint into `policy` and `optimizer`; return its step.
 
     Damaged newer ones are renamed, `damaged-step-000100`, with a warning: nothing is removed that
@@ -107,6 +174,43 @@ def load_checkpoint(run: RunFolder, policy: Policy, optimizer: Optimizer) -> int
     RunFolderError if all are damaged, or if the reference is no longer the model that the run began
     with.
     """
+    name = ranks.once(_newest_whole, run.own, policy)
+    if name is None:
+        return 0
+    place = run.checkpoints_folder / name
+    if policy.sharded is None and not (place / SHARDS).is_dir():
+        policy.load_trained(place / _trained(policy))
+        optimizer.load_state(load_file(place / "optimizer.safetensors"))
+    else:
+        _load_shards(place, policy, optimizer, ranks)
+    return step_of(place)
+
+
+def _load_shards(place: Path, policy: Policy, optimizer: Optimizer, ranks: Ranks) -> None:
+    """Restore from shards on however many ranks, or into shards what one rank wrote."""
+    files = [(file, "") for file in sorted((place / SHARDS).glob("*.safetensors"))]
+    if not files:
+        files = [(place / "optimizer.safetensors", "")]
+        files += [(file, "model ") for file in sorted((place / "model").glob("*.safetensors"))]
+    shards = Shards(files)
+    rank, size = (ranks.rank, ranks.size) if policy.sharded is not None else (0, 1)
+    state = {}
+    with torch.no_grad():
+        for name, weight in optimizer.weights.items():
+            # The most exact that there is of a weight, in whichever way it was written.
+            named = [f"{name}:{WEIGHT}", f"{name}:{MASTER}", f"model {name}"]
+            found = next((n for n in named if n in shards), None)
+            if found is None:
+                raise RunFolderError(f"{place}: has no {name}; it is of another model")
+            local(weight).copy_(shards.read(found, rank, size))
+            for key in shards.names(f"{name}:"):
+                if key not in named:
+                    state[key] = shards.read(key, rank, size)
+    optimizer.load_state(state)
+
+
+def _newest_whole(run: RunFolder, policy: Policy) -> str | None:
+    """The name of the newest whole checkpoint, damaged newer ones set aside; None if there is none."""
     damaged: list[tuple[Path, str]] = []
     for place in reversed(run.checkpoints()):
         if (problem := damage(place)) is None:
@@ -119,18 +223,16 @@ def load_checkpoint(run: RunFolder, policy: Policy, optimizer: Optimizer) -> int
                 f"{run.checkpoints_folder}: no checkpoint is whole ({listed}); put back a copy of one,"
                 " or move them away to play from the beginning"
             )
-        return 0
+        return None
     state = json.loads((place / "state.json").read_text("utf-8"))
     if state["reference_hash"] != policy.reference_hash:
         raise RunFolderError(
             f"{place}: the reference model has changed since the run began; restore the model that"
             " policy.path named then, or start a new run"
         )
-    policy.load_trained(place / _trained(policy))
-    optimizer.load_state(load_file(place / "optimizer.safetensors"))
     for other, problem in damaged:
         _set_aside(run, other, f"{other}: damaged, {problem}", place)
-    return int(state["step"])
+    return place.name
 
 
 def checksums(folder: Path) -> str:

@@ -546,6 +546,26 @@ class Guard(Section):
     )
 
 
+class Distributed(Section):
+    """How the processes that torchrun starts share a run; of no effect on one process."""
+
+    parallel: Literal["replicate", "fsdp"] = Field(
+        "replicate",
+        description="Each rank holds the whole model, its reference and optimizer, or a shard of them"
+        " (FSDP2), gathered layer by layer in learning and as a whole once a step for sampling.",
+    )
+    cpu_offload: Flag = Field(
+        False,
+        description="With `fsdp`, shards and optimizer lie in the host's memory, and what computes comes"
+        " to the GPU: less GPU memory, more time.",
+    )
+    timeout_s: PositiveFloat = Field(
+        1800.0,
+        description="Seconds that a rank waits for the others, such as while the first asks a judge,"
+        " before it gives the run up.",
+    )
+
+
 class Log(Section):
     progress: Literal["auto", "bar", "plain", "none"] = Field(
         "auto", description="A live bar on a terminal, plain lines elsewhere, or nothing."
@@ -594,6 +614,7 @@ class Config(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
+    distributed: Distributed = Distributed()
     log: Log = Log()
 
     @pydantic.model_validator(mode="after")
@@ -617,6 +638,29 @@ class Config(Section):
                     " that holds it in data.answer_column (self-posed queries have no key:"
                     ' kind = "majority" does without)'
                 )
+        if self.distributed.parallel == "fsdp":
+            for setting, conflicts, instead in (
+                ("policy.lora", self.policy.lora is not None, 'use parallel = "replicate"'),
+                (
+                    'learner.optimizer = "adamw_8bit"',
+                    self.learner.optimizer == "adamw_8bit",
+                    'use "adamw" or "adamw_fused"',
+                ),
+                (
+                    "guard.stop_within_s",
+                    self.guard.stop_within_s > 0,
+                    "leave it at 0: a checkpoint takes all ranks, so no rank can abandon a step alone",
+                ),
+            ):
+                if conflicts:
+                    raise ValueError(
+                        f'distributed.parallel = "fsdp": does not go together with {setting}; {instead}'
+                    )
+        elif self.distributed.cpu_offload:
+            raise ValueError(
+                'distributed.cpu_offload: is for shards; set distributed.parallel = "fsdp", or leave it'
+                " out"
+            )
         if self.learner.warmup_steps >= self.steps > 1:
             raise ValueError(
                 f"learner.warmup_steps = {self.learner.warmup_steps}: the run has only {self.steps}"

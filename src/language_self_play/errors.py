@@ -10,6 +10,7 @@
     ├── SamplerError     (ArithmeticError)  log-probs that are not the trainer's   exit code 3
     ├── MemoryLimitError (MemoryError)      no memory, in the smallest batches too exit code 2
     ├── ServiceError     (ConnectionError)  an endpoint that stays away            exit code 75
+    ├── RankError        (ConnectionError)  another process of the run has gone    exit code 1
     └── Paused           (InterruptedError) stopped on request, resumable          exit code 75
 
 A message names the field or file, shows the value, says why it is wrong and what to do.
@@ -24,6 +25,7 @@ class LspError(Exception):
     """The root of every error that this package raises on purpose."""
 
     exit_code = 2
+    agreed = False  # whether all ranks of the run raise it
 
 
 class ConfigError(LspError, ValueError):
@@ -76,6 +78,12 @@ class ServiceError(LspError, ConnectionError):
     """
 
     exit_code = 75
+
+
+class RankError(LspError, ConnectionError):
+    """Another rank of the run has ended or does not answer; that one says why."""
+
+    exit_code = 1
 
 
 class Paused(LspError, InterruptedError):

@@ -15,6 +15,7 @@ from language_self_play.arena import tasks as arena
 from language_self_play.chat import Chat, load_chat
 from language_self_play.config import Config, as_list
 from language_self_play.data import Question, load_queries, place_of, queries_of_step
+from language_self_play.distributed import ALONE, Ranks, device_of_rank, threads_of_rank
 from language_self_play.errors import ConfigError, NonFiniteError
 from language_self_play.evaluate.accuracy import arena_accuracy, evaluation_batches
 from language_self_play.evaluate.exam import Exam
@@ -48,7 +49,7 @@ from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
 from language_self_play.sampling.vllm import VllmSampler, check_vllm
 from language_self_play.signals import Stops
-from language_self_play.types import Posed, Solved
+from language_self_play.types import Group, Posed, Solved
 
 # Of a query within the chat template: a normalizer may spell characters out, a template repeat it.
 MOST_TOKENS_PER_BYTE = 4
@@ -77,11 +78,18 @@ class Game:
     evaluation: RowBatches
     exams: list[Exam] = field(default_factory=list)
     stops: Stops = field(default_factory=Stops)
+    ranks: Ranks = ALONE
     version: int | None = None  # of the weights, while they may be written: until their update
     skipped: int = 0  # updates in a row
     is_damaged: bool = False  # the weights, by what they say of their own samples
     told_sizes: dict[str, int] = field(default_factory=dict)
     _not_finite: NonFiniteError | None = None  # of this step's reward
+
+    @property
+    def can_save(self) -> bool:
+        """Whether a checkpoint of the weights can be had and is worth having."""
+        shards_are_lost = self.ranks.apart and self.policy.sharded is not None
+        return not (self.is_damaged or shards_are_lost)
 
     def __enter__(self) -> Game:
         return self
@@ -103,7 +111,8 @@ class Game:
 
     def sync(self, step: int) -> None:
         """From here on draws are those of `step`, from the policy's current weights."""
-        self.sampler.sync(self.policy.model, step)
+        self.policy.gather()
+        self.sampler.sync(self.policy.whole, step)
         if self.judge is not None:
             self.judge.sampler.step = step
         self.version = step
@@ -128,6 +137,11 @@ class Game:
             if (now := getattr(part, attribute)) < configured
         }
 
+    def _agree_on_sizes(self) -> None:
+        """Each size as it is on the rank where it is smallest; some are used by the first rank alone."""
+        for part, attribute, _ in self._sizes().values():
+            setattr(part, attribute, self.ranks.least(getattr(part, attribute)))
+
     def _sizes(self) -> dict[str, Size]:
         """Every size of a batch that memory may halve, by metric."""
         tokens = self.config.learner.tokens_per_micro_batch
@@ -144,12 +158,16 @@ class Game:
             sizes[f"memory/{name}_batch_tokens"] = Size(batches, "tokens", batches.configured)
         return sizes
 
+    def is_asked_to_stop(self) -> bool:
+        """Whether a signal has asked any rank to: asked at the same moment by all, they agree."""
+        return any(self.ranks.any(self.stops.requested))
+
     def checkpoint_is_due(self, step: int) -> bool:
         """By cadence, at the end, or because SIGUSR1 has asked for one."""
-        asked = self.stops.take_checkpoint_request()
+        asked = any(self.ranks.any(self.stops.take_checkpoint_request()))
         if step == self.config.steps:
             return True
-        if self.stops.requested:
+        if self.is_asked_to_stop():
             return False  # pausing writes one
         return asked or step % self.config.checkpoint.every == 0
 
@@ -177,12 +195,17 @@ class Game:
     def rewards(
         self, queries: list[str], answers: list[list[str]], keys: list[str | None] | None
     ) -> Tensor:
-        """R, (N, G). Where a reward is not finite all of it is NaN, and nothing will be learned."""
+        """R, (N, G). Where a reward is not finite all of it is NaN, and nothing will be learned.
+
+        The first rank asks for it: a judge is paid once.
+        """
+        G = len(answers[0]) if answers else 0
         try:
-            return self.reward(queries, answers, keys)
+            rows = self.ranks.once(lambda: self.reward(queries, answers, keys).tolist())
         except NonFiniteError as error:
             self._not_finite = error
-            return torch.full((len(queries), len(answers[0])), math.nan)
+            return torch.full((len(queries), G), math.nan)
+        return torch.tensor(rows).view(len(queries), G)
 
     def self_reward(self, queries: list[str], answers: list[list[str]]) -> Tensor:
         """R_Q, (N, G): the judge's in LSP, zeros otherwise."""
@@ -197,6 +220,7 @@ class Game:
         of_reward, self._not_finite = self._not_finite, None
         self.learner.before_update = self._commit
         self.sampler.rest()
+        self.policy.release()
         try:
             self.is_damaged = bool(places_of_logprobs(posed, solved))
             refuse_nonfinite(posed, solved, R_Q)
@@ -232,6 +256,7 @@ class Game:
         parts = self.reward.parts if len(self.reward.terms) > 1 else {}
         costs = self.reward.costs()
         objective = self.config.challenger.objective
+        self._agree_on_sizes()
         trouble: Record = dict(self.halved_sizes())
         if self.skipped:
             trouble["guard/skipped"] = self.skipped
@@ -252,62 +277,92 @@ class Game:
         )
 
     def evaluate(self) -> Evaluation:
-        """What config.eval asks for, of the current weights."""
+        """What config.eval asks for, of the current weights.
+
+        All ranks sample; the first one alone computes what is exact, and checks the answers.
+        """
+        chat, system_prompt = self.policy.chat, self.config.solver.system_prompt
+        context = self.sampler.context_length
+        drawn = [
+            exam.draw(self.sampler, exam.prompts(chat, context, system_prompt))
+            for exam in self.exams
+        ]
+        return Evaluation(*self.ranks.once(self._evaluation, drawn))
+
+    def _evaluation(self, drawn: list[list[Group]]) -> Evaluation:
         metrics: Record = {}
         questions: list[Record] = []
-        chat, system_prompt = self.policy.chat, self.config.solver.system_prompt
         if "arena" in self.config.eval.tasks:
-            accuracy = arena_accuracy(self.policy.model, chat, self.evaluation, system_prompt)
+            system_prompt = self.config.solver.system_prompt
+            accuracy = arena_accuracy(
+                self.policy.whole, self.policy.chat, self.evaluation, system_prompt
+            )
             metrics |= accuracy.metrics()
             questions += accuracy.records()
-        for exam in self.exams:
-            prompts = exam.prompts(chat, self.sampler.context_length, system_prompt)
-            answered = exam.ask(self.sampler, prompts)
+        for exam, groups in zip(self.exams, drawn, strict=True):
+            answered = exam.mark(groups)
             metrics |= set_metrics(exam.name, answered, exam.section.pass_at)
             questions += answered
         return Evaluation(finite(metrics), questions)
 
 
-def prepare(config: Config) -> Game:
+def prepare(config: Config, ranks: Ranks = ALONE) -> Game:
     """Check everything that needs no weights, then load them."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device, reward, questions, exams = check_without_weights(config)
+    torch.set_num_threads(config.threads or threads_of_rank(ranks.place))
+    device, reward, questions, exams = check_without_weights(config, ranks)
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     threads = torch.get_num_threads()
-    resolved = {"threads": threads, "dtype": dtype, "device": str(device)}
+    # Of several ranks each has a GPU of its own, and settings are the same for all.
+    named = str(device) if ranks.size == 1 else device.type
+    resolved = {"threads": threads, "dtype": dtype, "device": named}
     config = config.model_copy(update=resolved)
     warn_of_bias(config)
     warn_of_context(config)
-    policy = load_policy(config, device)
-    reward.load(device)
+    policy = load_policy(config, device, ranks)
+    policy.gather()
+    if ranks.is_first:
+        reward.load(device)
     sampler: Sampler = TransformersSampler(
-        policy.model, policy.chat, config.seed, config.rollout.batch_size
+        policy.whole, policy.chat, config.seed, config.rollout.batch_size, ranks=ranks
     )
     write = None
     if config.rollout.engine == "vllm":
         sampler = served = VllmSampler(policy, config)
         # With LoRA the engine's base is the reference; else it holds none, and the policy's copy judges.
         write = served.sample_reference if policy.adapter is not None else None
-    judge = build_judge(config, policy, write) if config.algorithm == "lsp" else None
+    judge = build_judge(config, policy, write, ranks) if config.algorithm == "lsp" else None
     prompts = challenger_prompts(config) if config.algorithm != "grpo" else []
-    learner = Learner(policy, config)
-    evaluation = evaluation_batches(config.learner.tokens_per_micro_batch)
+    policy.release()
     return Game(
-        config, policy, sampler, learner, reward, judge, prompts, questions, evaluation, exams
+        config,
+        policy,
+        sampler,
+        Learner(policy, config, ranks),
+        reward,
+        judge,
+        prompts,
+        questions,
+        evaluation_batches(config.learner.tokens_per_micro_batch),
+        exams,
+        ranks=ranks,
     )
 
 
 def check_without_weights(
-    config: Config,
+    config: Config, ranks: Ranks = ALONE
 ) -> tuple[torch.device, RewardSum, list[Question], list[Exam]]:
     """Device, reward, GRPO's questions, exams: what can be wrong before weights load shows here.
 
     Raises ConfigError, InputFileError, ModelError or RewardError.
     """
-    device = choose_device(config.device)
+    device = device_of_rank(choose_device(config.device), ranks.place)
     resolve_model(config.policy.path)  # before any hub is asked about a reward's model
     if config.rollout.engine == "vllm":
+        if ranks.size > 1:
+            raise ConfigError(
+                f'rollout.engine = "vllm": {ranks.size} ranks sample each its share, in their own'
+                ' processes, which the engine does not do; use "transformers", or one process'
+            )
         check_vllm(config)
     reward = build_reward(config)
     held_out = arena.is_held_out_query if plays_in_arena(config) else lambda query: False

@@ -353,7 +353,8 @@ def _learning(
     for weight in trained:  # those of the micro-batches before it
         weight.grad = torch.zeros_like(weight)
     gradients = [weight.grad for weight in trained if weight.grad is not None]
-    with _FullBatch(), _counted(model, *trained, *gradients, *vars(batch).values()) as count:
+    inputs = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+    with _FullBatch(), _counted(model, *trained, *gradients, *inputs) as count:
         with checkpointed_layers(model, again):
             before = states(model, batch, path).flatten(0, 2)
             kept = count.now

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from language_self_play.checkpoint import MASTER
 from language_self_play.config import Learner
 from language_self_play.extras import require
-
-MASTER = "master"
+from language_self_play.shard_files import local
 
 
 def learning_rate(step: int, peak: float, settings: Learner, steps: int) -> float:
@@ -69,7 +70,7 @@ class Optimizer:
                 self.adamw.init_state(group, weight, 0, index)  # type: ignore[attr-defined]
                 continue
             self.adamw.state[weight] = {
-                "step": self._placed("step", torch.tensor(0.0)),
+                "step": self._placed("step", torch.tensor(0.0), weight),
                 "exp_avg": torch.zeros_like(weight),
                 "exp_avg_sq": torch.zeros_like(weight),
             }
@@ -81,7 +82,8 @@ class Optimizer:
 
     def clip(self, max_norm: float) -> float:
         """Scale the gradients to a norm of at most `max_norm`; returns the norm before."""
-        return nn.utils.clip_grad_norm_(self.weights.values(), max_norm).item()
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), max_norm)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def room(self) -> int:
         """Take the memory that the next update is computed in, and give it back; its bytes."""
@@ -98,14 +100,14 @@ class Optimizer:
         self._round()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything to go on from, by `NAME:WHAT`: AdamW's state and the masters."""
+        """Everything to go on from, by `NAME:WHAT`: AdamW's state and the masters; this rank's rows."""
         tensors = {}
         for name, weight in self.weights.items():
             state = {k: torch.as_tensor(v) for k, v in self.adamw.state.get(weight, {}).items()}
             if weight is not self.parameters[name]:
                 state[MASTER] = weight
             for what, value in state.items():
-                value = value.detach().cpu().contiguous()
+                value = local(value.detach()).cpu().contiguous()
                 # bitsandbytes shares its quantization maps; a safetensors file shares nothing.
                 tensors[f"{name}:{what}"] = value.clone() if what.startswith("qmap") else value
         return tensors
@@ -122,10 +124,14 @@ class Optimizer:
             if MASTER in state:
                 weight.copy_(state.pop(MASTER))
             if state:
-                self.adamw.state[weight] = {k: self._placed(k, v) for k, v in state.items()}
+                self.adamw.state[weight] = {k: self._placed(k, v, weight) for k, v in state.items()}
         self._round()
 
-    def _placed(self, what: str, value: Tensor) -> Any:
+    def _placed(self, what: str, value: Tensor, weight: Tensor) -> Any:
+        if isinstance(weight, DTensor) and value.dim():
+            pieces = torch.zeros_like(weight)
+            local(pieces).copy_(value)
+            return pieces
         if what != "step":
             return value.to(next(iter(self.weights.values())).device)
         if not isinstance(self.adamw, torch.optim.AdamW):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from language_self_play.types import Groups
+from language_self_play.types import Completion, Groups
 
 
 @dataclass
@@ -31,6 +31,7 @@ class MicroBatch:
     advantages_BK: Tensor
     index_BK: Tensor  # place of each completion in Groups.completions()
     sampled_BKT: Tensor  # the sampler's log-probs, 0 where padded
+    counts: bool = True  # False where a rank only goes along with others' passes
 
 
 class _Slice(NamedTuple):
@@ -72,6 +73,47 @@ def micro_batches(
         ready.append(new)
     if ready:
         yield _collate(ready, pad_id, device)
+
+
+def share_of_tokens(groups: Groups, rank: int, size: int) -> list[list[bool]] | None:
+    """`groups.keep` of the part that `rank` of `size` learns from: so many tokens in a row.
+
+    A prompt counts as so much of each of its completions. Every kept completion is in one rank's part.
+    """
+    if size == 1:
+        return groups.keep
+    kept = groups.keep or [[True] * len(group.completions) for group in groups.groups]
+    tokens = [
+        [
+            (len(c.tokens) + len(g.prompt) / max(1, sum(flags))) * flag
+            for c, flag in zip(g.completions, flags, strict=True)
+        ]
+        for g, flags in zip(groups.groups, kept, strict=True)
+    ]
+    total, before = sum(map(sum, tokens)), 0.0
+    keep: list[list[bool]] = []
+    for flags, row in zip(kept, tokens, strict=True):
+        keep.append([])
+        for flag, length in zip(flags, row, strict=True):
+            middle = (before + length / 2) / total if total else 0.0
+            keep[-1].append(flag and min(int(middle * size), size - 1) == rank)
+            before += length
+    return keep
+
+
+def kept_completions(groups: Groups) -> list[Completion]:
+    """The completions of `groups` that enter the loss."""
+    if groups.keep is None:
+        return groups.completions()
+    flags = [flag for row in groups.keep for flag in row]
+    return [c for c, flag in zip(groups.completions(), flags, strict=True) if flag]
+
+
+def first_kept(groups: Groups) -> list[list[bool]]:
+    """`groups.keep` with nothing but its first completion."""
+    kept = groups.keep or [[True] * len(group.completions) for group in groups.groups]
+    first = next((i, j) for i, row in enumerate(kept) for j, flag in enumerate(row) if flag)
+    return [[(i, j) == first for j in range(len(row))] for i, row in enumerate(kept)]
 
 
 def _slices(groups: Groups, budget: int, shared_prompt: bool) -> Iterator[_Slice]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from language_self_play.chat import Chat, load_chat
 from language_self_play.config import Config, Lora
 from language_self_play.config import Policy as PolicySection
+from language_self_play.distributed import ALONE, Ranks
 from language_self_play.errors import ConfigError, ModelError
 from language_self_play.extras import require
 from language_self_play.pretrained import (
@@ -33,10 +34,13 @@ from language_self_play.pretrained import (
     read,
     vocabulary_size,
 )
+from language_self_play.sharding import ShardedModel
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # PEFT puts an adapted layer's own weights one level down.
 BASE_LAYER = ".base_layer"
+
+T = TypeVar("T")
 
 
 class Policy:
@@ -53,10 +57,69 @@ class Policy:
         self.chat = chat
         self.adapter = adapter
         self._reference = reference
+        self.sharded: ShardedModel | None = None
+        self._sharded_reference: ShardedModel | None = None
+
+    def shard(
+        self, ranks: Ranks, device: torch.device, dtype: torch.dtype, cpu_offload: bool
+    ) -> None:
+        """From here on both models lie in pieces on all ranks; they compute in `dtype`."""
+        if self._reference is not None:
+            if ranks.is_first:
+                _ = self.reference_hash  # while it is whole
+            else:
+                vars(self)["reference_hash"] = None  # the first rank compares
+            self._sharded_reference = ShardedModel(
+                self._reference, ranks, device, dtype, cpu_offload
+            )
+        self.sharded = ShardedModel(self.model, ranks, device, dtype, cpu_offload)
+
+    def compute(self, function: Callable[..., T], *args: Any) -> T:
+        """`function(π_θ, *args)`; with a gradient, of all ranks together where it is sharded."""
+        if self.sharded is not None:
+            return self.sharded(function, *args)
+        return function(self.model, *args)
+
+    def compute_reference(self, function: Callable[..., T], *args: Any) -> T:
+        """`function(π_Ref, *args)`, without a gradient."""
+        with torch.no_grad():
+            if self._sharded_reference is not None:
+                return self._sharded_reference(function, *args)
+            with self.as_reference() as reference:
+                return function(reference, *args)
+
+    @property
+    def whole(self) -> PreTrainedModel:
+        """π_θ as it can be sampled from; where it is sharded, between `gather` and `release`."""
+        return self.model if self.sharded is None else self.sharded.whole
+
+    def gather(self, on_first_only: bool = False) -> None:
+        """Give `whole` its weights. All ranks do it together. Raises MemoryLimitError."""
+        if self.sharded is not None:
+            self.sharded.gather(on_first_only)
+
+    def release(self) -> None:
+        """Let go of the weights of `whole`, where they are a copy."""
+        if self.sharded is not None:
+            self.sharded.release()
+
+    @contextmanager
+    def as_whole_reference(self) -> Iterator[PreTrainedModel]:
+        """π_Ref as it can be sampled from. Where it is sharded, `whole` is released before."""
+        if self._sharded_reference is None:
+            with self.as_reference() as reference:
+                yield reference
+            return
+        self.release()
+        self._sharded_reference.gather()
+        try:
+            yield self._sharded_reference.whole
+        finally:
+            self._sharded_reference.release()
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.model.device if self.sharded is None else self.sharded.device
 
     @property
     def has_reference(self) -> bool:
@@ -91,6 +154,9 @@ class Policy:
 
     def save_weights(self, folder: Path, with_adapter: bool = True) -> None:
         """Write the model without its tokenizer, an adapter merged or left out."""
+        if self.sharded is not None:
+            self.whole.save_pretrained(folder)
+            return
         weights = self._merged_weights() if with_adapter else self._base_weights()
         self.model.save_pretrained(folder, state_dict=weights)
 
@@ -150,17 +216,35 @@ class Policy:
         return weights
 
 
-def load_policy(config: Config, device: torch.device) -> Policy:
+def load_policy(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Policy:
     """The model of config.policy, with an adapter or with a frozen copy where one is needed.
 
     Raises ModelError or ConfigError.
     """
+    if ranks.size > 1 and config.distributed.parallel == "fsdp":
+        return _load_sharded(config, device, ranks)
     chat, model = load_chat_model(config.policy, device, choose_dtype(config.dtype, device))
     if config.policy.lora is not None:
         adapter = add_adapter(model, config.policy.path, config.policy.lora, config.seed)
         return Policy(model, chat, adapter=adapter)
     reference = copy.deepcopy(model).requires_grad_(False) if config.needs_reference else None
     return Policy(model, chat, reference)
+
+
+def _load_sharded(config: Config, device: torch.device, ranks: Ranks) -> Policy:
+    """Every rank reads the model into the host's memory, and keeps its piece on the device.
+
+    The pieces that are trained are float32 whatever the type of computing: AdamW needs them so.
+    """
+    chat, model = load_chat_model(config.policy, torch.device("cpu"), torch.float32)
+    dtype = choose_dtype(config.dtype, device)
+    reference = None
+    if config.needs_reference:
+        reference = copy.deepcopy(model).requires_grad_(False)
+        reference.to(dtype)  # type: ignore[arg-type]  # transformers' stub
+    policy = Policy(model, chat, reference)
+    policy.shard(ranks, device, dtype, config.distributed.cpu_offload)
+    return policy
 
 
 def load_chat_model(

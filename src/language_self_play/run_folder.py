@@ -33,7 +33,7 @@ Part = Literal["model", "adapter"]
 # What a resumed run may change: how long it runs, cadences, when it stops, how much memory it takes, and,
 # on purpose, the device.
 RESUMABLE = (
-    *("steps", "eval.every", "checkpoint.", "guard.", "log.", "device"),
+    *("steps", "eval.every", "checkpoint.", "guard.", "log.", "device", "distributed."),
     *("learner.tokens_per_micro_batch", "rollout.batch_size", "rollout.vllm."),
 )
 
@@ -58,6 +58,7 @@ class RunFolder:
         self.checkpoints_folder = self.folder / "checkpoints"
         self.model_folder = self.folder / "model"
         self.adapter_folder = self.folder / "adapter"
+        self.own = self  # what this process alone reads and writes
         self._unwritten: list[tuple[dict[Path, str], str]] = []  # files of a step, its record
         self._untold: list[str] = []  # events
         self._warned: dict[str, int] = {}  # what couldn't be written -> the error's number
@@ -82,8 +83,8 @@ class RunFolder:
                 if (checkpoint / part).is_dir():
                     return checkpoint / part
         raise RunFolderError(
-            f"{self.folder}: has no model yet, as no checkpoint has been written; go on with the run by:"
-            f" lsp train --resume {self.folder}"
+            f"{self.folder}: has no model yet, as no checkpoint has been written, or only shards of"
+            f" several ranks; go on with the run by: lsp train --resume {self.folder}"
         )
 
     def checkpoints(self) -> list[Path]:

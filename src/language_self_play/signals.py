@@ -93,7 +93,8 @@ class Stops:
             signal.raise_signal(number)
         else:
             self.requested = True
-            if number == signal.SIGINT:
+            # Of the ranks that torchrun starts one is enough.
+            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
                 with suppress(OSError):
                     os.write(STDERR, NOTICE)  # not print, which may be what the signal came into
             if self.within_s:

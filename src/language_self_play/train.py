@@ -12,6 +12,7 @@ import torch
 from language_self_play.advantages import challenger_advantages, solver_advantages
 from language_self_play.checkpoint import load_checkpoint, save_checkpoint, save_model
 from language_self_play.config import Config
+from language_self_play.distributed import Ranks, SharedRunFolder, join_ranks
 from language_self_play.durable import remove_folder
 from language_self_play.errors import (
     ConfigError,
@@ -30,7 +31,7 @@ from language_self_play.metrics import Turn, game_records, step_record
 from language_self_play.model_card import model_card
 from language_self_play.out_of_memory import is_out_of_memory
 from language_self_play.players import answer_queries, truncation_penalties
-from language_self_play.progress import Progress, build_progress
+from language_self_play.progress import Progress, Silent, build_progress
 from language_self_play.run_folder import RunFolder, free_run_folder
 from language_self_play.signals import Abandoned, Stops
 from language_self_play.stopwatch import Stopwatch
@@ -56,12 +57,27 @@ def self_play(
     loaded where that is possible; after a checkpoint NonFiniteError, when too many steps in a row
     could not be learned from, MemoryLimitError, and Paused, when SIGINT or SIGTERM asks it to stop
     or a service that a reward needs is away. A second SIGINT is a KeyboardInterrupt that says how to
-    go on.
+    go on. In a process that torchrun started it plays as one of the ranks; each returns the folder, and
+    only the first has written to it.
     """
-    folder = RunFolder(run if run is not None else free_run_folder(config.algorithm))
-    with Stops(config.guard.stop_within_s) as stops, RunLock(folder.folder, take_over) as lock:
+    with join_ranks(config.distributed.timeout_s) as ranks:
+        place = ranks.once(lambda: str(run or free_run_folder(config.algorithm)))
+        folder = RunFolder(place) if ranks.size == 1 else SharedRunFolder(place, ranks)
+        lock = RunLock(folder.folder, take_over)
+        return _with_signals(config, folder, ranks, lock, resume, progress)
+
+
+def _with_signals(
+    config: Config,
+    folder: RunFolder,
+    ranks: Ranks,
+    lock: RunLock,
+    resume: bool,
+    progress: Progress | None,
+) -> RunFolder:
+    with Stops(config.guard.stop_within_s) as stops, lock:
         try:
-            return _self_play(config, folder, lock, resume, progress, stops)
+            return _self_play(config, folder, ranks, lock, resume, progress, stops)
         except Abandoned:
             raise Paused(
                 "stopped by SIGTERM before a step was played; start it again, by --resume if its"
@@ -79,6 +95,7 @@ def self_play(
 def _self_play(
     config: Config,
     folder: RunFolder,
+    ranks: Ranks,
     lock: RunLock,
     resume: bool,
     progress: Progress | None,
@@ -87,28 +104,33 @@ def _self_play(
     if resume:
         folder.refuse_changes(config)
         config = folder.as_resolved(config)
-        lock.take()
+        ranks.once(lock.take)
     else:
-        folder.refuse_if_used()
-    game = prepare(config)
+        ranks.once(folder.refuse_if_used)
+    game = prepare(config, ranks)
     config, game.stops = game.config, stops  # with what has been resolved
     if resume:
-        start = load_checkpoint(folder, game.policy, game.learner.optimizer)
+        start = load_checkpoint(folder, game.policy, game.learner.optimizer, ranks)
         if config.steps < start:
             raise ConfigError(f"steps = {config.steps}: the run has played {start} steps already")
         folder.truncate(start)
         game.take_up(folder)
         for part in (folder.model_folder, folder.adapter_folder):
-            remove_folder(part)  # of an earlier end
+            ranks.once(remove_folder, part)  # of an earlier end
         folder.write_config(config)
     else:
         start = 0
-        lock.take()
+        ranks.once(lock.take)
         folder.create(config)
-    folder.event("resumed" if resume else "started", step=start)
-    with game, progress or build_progress(config, start, next(folder.metrics(), {})) as seen:
+    several = {"ranks": ranks.size} if ranks.size > 1 else {}
+    folder.event("resumed" if resume else "started", step=start, **several)
+    if progress is None:
+        first = next(folder.metrics(), {})
+        progress = build_progress(config, start, first) if ranks.is_first else Silent()
+    with game, progress as seen:
         try:
-            play(game, folder, start, seen)
+            with ranks.together():
+                play(game, folder, start, seen)
         except ServiceError as error:
             pause(game, folder, game.sampler.step, str(error))
         except Abandoned:
@@ -157,14 +179,13 @@ def play(game: Game, run: RunFolder, start: int, progress: Progress) -> None:
         turn = game.turn(step, queries, posed, solved, R, R_Q, result)
         games = game_records(turn, game.describe)
         record = step_record(turn, watch.lap(), policy.device, game.describe) | evaluation.metrics
-        run.record(
-            record, games, evaluation.questions
-        )  # before the checkpoint that would skip this step on resume
+        # Before the checkpoint that would skip this step on resume.
+        run.record(record, games, evaluation.questions)
         progress.step(record, games)
         guard(game, run, turn)  # tells of what went wrong; stops when that goes on
         if game.checkpoint_is_due(step + 1):
             save(game, run, step + 1)
-        if game.stops.requested and step + 1 < config.steps:
+        if step + 1 < config.steps and game.is_asked_to_stop():
             pause(game, run, step + 1)
 
     sync(config.steps)
@@ -173,7 +194,8 @@ def play(game: Game, run: RunFolder, start: int, progress: Progress) -> None:
     if evaluation.metrics:
         run.record({"step": config.steps, **evaluation.metrics}, [], evaluation.questions)
         progress.step({"step": config.steps, **evaluation.metrics}, [])
-    save_model(run, policy, model_card)
+    policy.gather(on_first_only=True)
+    game.ranks.once(save_model, run.own, policy, model_card)
     run.event("finished", step=config.steps)
 
 
@@ -183,7 +205,9 @@ def pause(game: Game, run: RunFolder, step: int, reason: str | None = None) -> N
     run.event("paused", step=step, **({"reason": reason} if reason else {}))
     played = f"{step} of {game.config.steps} steps played"
     why = f"paused, {reason}; {played}" if reason else f"paused, {played}"
-    raise Paused(f"{why}; go on with: lsp train --resume {run.folder}")
+    paused = Paused(f"{why}; go on with: lsp train --resume {run.folder}")
+    paused.agreed = not game.ranks.apart
+    raise paused
 
 
 def checkpoint(game: Game, run: RunFolder, step: int, last: bool = False) -> None:
@@ -192,10 +216,11 @@ def checkpoint(game: Game, run: RunFolder, step: int, last: bool = False) -> Non
     Where the disk can't take it the run goes on to its next one, with a warning; where this is the
     `last`, as it is at the run's end, it stops: Paused, resumable from the checkpoint before.
     """
-    if game.is_damaged:
+    if not game.can_save:
         return
     try:
-        save_checkpoint(run, game.policy, game.learner.optimizer, step, game.config.checkpoint)
+        keep, optimizer = game.config.checkpoint, game.learner.optimizer
+        save_checkpoint(run, game.policy, optimizer, step, keep, game.ranks)
     except RunFolderError as error:
         if last or step == game.config.steps:
             run.stop(error)
@@ -223,14 +248,17 @@ def guard(game: Game, run: RunFolder, turn: Turn) -> None:
     checkpoint(game, run, turn.step + 1)
     chat = game.policy.chat
     try:
-        batch = f"what the last one would have learned from is in {write_batch(run, turn, chat)}"
+        file = game.ranks.once(lambda: str(write_batch(run.own, turn, chat)))
+        batch = f"what the last one would have learned from is in {file}"
     except RunFolderError as error:
         batch = str(error)
     run.event("stopped", step=turn.step + 1, reason=reason)
-    raise NonFiniteError(
+    stopped = NonFiniteError(
         f"{reason}\nthe run stopped, because {game.skipped} updates in a row were skipped"
         f" (guard.max_skipped); {batch}"
     )
+    stopped.agreed = True
+    raise stopped
 
 
 def rescue(game: Game, run: RunFolder, error: Exception) -> None:
@@ -238,7 +266,7 @@ def rescue(game: Game, run: RunFolder, error: Exception) -> None:
 
     Raises MemoryLimitError, in words, in place of an allocator's error.
     """
-    step = game.version
+    step = game.version if game.can_save else None
     with suppress(LspError):  # such as a full disk, which may be the error
         if step is not None:
             checkpoint(game, run, step)

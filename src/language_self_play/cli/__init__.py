@@ -13,7 +13,14 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from language_self_play import __version__
-from language_self_play.errors import ConfigError, LspError
+from language_self_play.errors import (
+    ConfigError,
+    InputFileError,
+    LspError,
+    ModelError,
+    Paused,
+    RunFolderError,
+)
 
 # name -> (module, one line of help), in the order in which a newcomer meets them.
 COMMANDS = {
@@ -57,11 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except LspError as error:
-        for line in str(error).splitlines():
-            print(f"lsp: {line}", file=sys.stderr)
+        if _speaks(error):
+            for line in str(error).splitlines():
+                print(f"{_name()}: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        print(f"\nlsp: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
+        if _rank() == 0:
+            print(f"\nlsp: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has left (`lsp config | head`); there is no one to tell.
@@ -75,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("LSP_TRACEBACK"):
             traceback.print_exc()
         print(
-            f"lsp: internal error: {type(error).__name__}: {error}."
+            f"{_name()}: internal error: {type(error).__name__}: {error}."
             " This is a bug; LSP_TRACEBACK=1 shows where, please report it",
             file=sys.stderr,
         )
@@ -83,7 +92,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"lsp: warning: {message}", file=sys.stderr)
+    if _rank() == 0:
+        print(f"lsp: warning: {message}", file=sys.stderr)
+
+
+def _rank() -> int:
+    """Which of the processes that torchrun started this is; 0 without it."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
+
+
+def _name() -> str:
+    return f"lsp (rank {_rank()})" if _rank() else "lsp"
+
+
+def _speaks(error: LspError) -> bool:
+    """Whether it is for this rank to tell, and not for another that meets the same.
+
+    What all agree on the first one tells; settings and files are the same for all ranks of a host.
+    """
+    if error.agreed or isinstance(error, Paused):
+        return _rank() == 0
+    of_host = (ConfigError, InputFileError, ModelError, RunFolderError)
+    return os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, of_host)
 
 
 def _run(arguments: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from language_self_play.cli import Parser
@@ -71,10 +72,15 @@ def run(arguments: list[str]) -> int:
         print_plan(config)
         return 0
 
-    print("Loading torch and the model …", flush=True)
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    if is_first:
+        print("Loading torch and the model …", flush=True)
     from language_self_play.train import self_play
 
     self_play(config, folder.folder, resume=bool(options.resume), take_over=options.take_over)
+
+    if not is_first:
+        return 0
 
     from rich.console import Console
 

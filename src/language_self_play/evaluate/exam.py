@@ -12,6 +12,7 @@ from language_self_play.evaluate.outcomes import Record
 from language_self_play.randomness import permutation, stream_key
 from language_self_play.rewards.verifier import build_verifier
 from language_self_play.sampling import Sampler
+from language_self_play.types import Group
 
 # Which questions a limit leaves does not depend on a run's seed: all runs are asked the same.
 CHOICE_SEED = 0
@@ -69,10 +70,21 @@ class Exam:
 
         `prompts` are those of all questions. Raises RewardError if answers can't be checked.
         """
-        some, section = self.questions[start:end], self.section
-        groups = sampler.sample(
-            list(prompts[start:end]), section.num_answers, "evaluation", section, section.max_tokens
+        return self.mark(self.draw(sampler, prompts[start:end]), start, end)
+
+    def draw(self, sampler: Sampler, prompts: Sequence[list[int]]) -> list[Group]:
+        """The answers to `prompts`, a group each."""
+        section = self.section
+        return sampler.sample(
+            list(prompts), section.num_answers, "evaluation", section, section.max_tokens
         )
+
+    def mark(self, groups: list[Group], start: int = 0, end: int | None = None) -> list[Record]:
+        """The records of questions `start` to `end`, of which `groups` are the answers.
+
+        Raises RewardError if they can't be checked.
+        """
+        some = self.questions[start:end]
         texts = [[c.text for c in group.completions] for group in groups]
         verdicts = self.verifier([q.query for q in some], texts, [q.key for q in some])
         return [

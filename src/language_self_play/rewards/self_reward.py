@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from language_self_play.chat import Chat
 from language_self_play.config import Config, Sampling, SelfReward
+from language_self_play.distributed import ALONE, Ranks
 from language_self_play.errors import ConfigError
 from language_self_play.policy import Policy
 from language_self_play.prefill import Beginning, next_logits
@@ -175,8 +177,14 @@ class QualityJudge:
     def _next_token(self, prompts: list[list[int]]) -> list[list[float] | None]:
         """Probabilities of the choices as the next token, renormalised over them.
 
-        None for a prompt that the model's context does not hold.
+        None for a prompt that the model's context does not hold. Each rank computes its share.
         """
+        ranks = self.sampler.ranks
+        share = ranks.share(len(prompts))
+        own = json.dumps(self._next_token_of(prompts[share.start : share.stop]))
+        return [row for part in ranks.gather(own.encode()) for row in json.loads(part)]
+
+    def _next_token_of(self, prompts: list[list[int]]) -> list[list[float] | None]:
         model, pad_id = self.sampler.model, self.sampler.chat.pad_id
         result: list[list[float] | None] = [None] * len(prompts)
         fitting = [i for i, prompt in enumerate(prompts) if self.questions.fits(prompt)]
@@ -200,14 +208,21 @@ class QualityJudge:
         return result
 
 
-def build_judge(config: Config, policy: Policy, write: Write | None = None) -> QualityJudge:
+def build_judge(
+    config: Config, policy: Policy, write: Write | None = None, ranks: Ranks = ALONE
+) -> QualityJudge:
     """The reference model as judge. Its randomness is a stream of its own."""
     tokens = config.learner.tokens_per_micro_batch
     # A judge's prompt may be much longer than a player's: a batch is bounded by its tokens, too.
     sampler = TransformersSampler(
-        policy.model, policy.chat, config.seed, config.rollout.batch_size, prompt_tokens=tokens
+        policy.whole,
+        policy.chat,
+        config.seed,
+        config.rollout.batch_size,
+        prompt_tokens=tokens,
+        ranks=ranks,
     )
-    return QualityJudge(sampler, config.self_reward, tokens, policy.as_reference, write)
+    return QualityJudge(sampler, config.self_reward, tokens, policy.as_whole_reference, write)
 
 
 def _next_tokens(chat: Chat, prefill: str, words: list[str]) -> list[int]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from language_self_play.chat import Chat
 from language_self_play.config import Sampling
 from language_self_play.decoding import Decoding, PlainDecoding, SharedDecoding
+from language_self_play.distributed import ALONE, Ranks
 from language_self_play.errors import MemoryLimitError
 from language_self_play.forward import goes_on_from_shared_prompts
 from language_self_play.lean_decoder import LeanDecoder, lean_decoder
@@ -39,7 +40,10 @@ Drawn = tuple[list[int], list[float]]  # tokens, log-probs
 
 
 class TransformersSampler:
-    """Samples from a transformers model. Row by row the draws depend on nothing but their indices."""
+    """Samples from a transformers model. Row by row the draws depend on nothing but their indices.
+
+    Of several ranks each draws its share, and all get all.
+    """
 
     def __init__(
         self,
@@ -48,7 +52,9 @@ class TransformersSampler:
         seed: int,
         batch_size: int,
         prompt_tokens: float = math.inf,
+        ranks: Ranks = ALONE,
     ):
+        self.ranks = ranks
         self.model = model
         self.chat = chat
         self.seed = seed
@@ -88,8 +94,26 @@ class TransformersSampler:
         """
         if not prompts:
             return []
+        groups, completions = self.ranks.share_of_completions(len(prompts), n)
+        first = (groups.start, completions.start)
+        own = prompts[groups.start : groups.stop]
+        drawn = self._sample(own, len(completions), first, role, settings, max_tokens)
+        return self.ranks.join(prompts, n, drawn)
+
+    def _sample(
+        self,
+        prompts: list[list[int]],
+        n: int,
+        first: Row,
+        role: Role,
+        settings: Sampling,
+        max_tokens: int,
+    ) -> list[Group]:
+        """The groups of `prompts`, of which `first` is the place among all prompts and completions."""
+        if not prompts or not n:
+            return []
         key = stream_key(self.seed, self.step, role)
-        draw = partial(self._draw, prompts, n, key, settings, max_tokens)
+        draw = partial(self._draw, prompts, n, first, key, settings, max_tokens)
         while (drawn := unless_out_of_memory(draw)) is None:
             self._halve_batches(n * len(prompts), role)
         order = [(i, j) for i in range(len(prompts)) for j in range(n)]
@@ -101,14 +125,21 @@ class TransformersSampler:
         return [Group(p, played[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
 
     def _draw(
-        self, prompts: list[list[int]], n: int, key: int, settings: Sampling, max_tokens: int
+        self,
+        prompts: list[list[int]],
+        n: int,
+        first: Row,
+        key: int,
+        settings: Sampling,
+        max_tokens: int,
     ) -> dict[Row, Drawn]:
         """Tokens and log-probs of every row."""
         drawn: dict[Row, Drawn] = {}
         lean = lean_decoder(self.model) if self.shares_prompts else None
         with linears_for_few_rows(self.model):
             for rows, decoding in self._batches(prompts, n, max_tokens, lean):
-                completions = self._decode(decoding, rows, key, settings, max_tokens)
+                where = [(first[0] + i, first[1] + j) for i, j in rows]
+                completions = self._decode(decoding, where, key, settings, max_tokens)
                 drawn |= zip(rows, completions, strict=True)
         return drawn
 

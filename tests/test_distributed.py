@@ -1,0 +1,652 @@
+"""Many ranks: they play what one plays, and end together. Real torchrun processes, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from language_self_play import Config, game, self_play
+from language_self_play.distributed import (
+    Place,
+    Ranks,
+    _heard,
+    _packed,
+    _told,
+    _unpacked,
+    device_of_rank,
+    threads_of_rank,
+)
+from language_self_play.errors import ConfigError, NonFiniteError, RunFolderError
+from language_self_play.learner import Learner, StepResult
+from language_self_play.packing import first_kept, kept_completions, share_of_tokens
+from language_self_play.policy import Policy
+from language_self_play.recipe_files import merge
+from language_self_play.run_folder import RunFolder
+from language_self_play.types import Completion, Group, Groups
+
+# What a rank takes to notice that another has gone, on a busy machine: gloo notices at once.
+BOUND_S = 30
+
+GAME = {
+    "algorithm": "lsp",
+    "steps": 4,
+    "device": "cpu",
+    "threads": 1,
+    "policy": {"path": "arena"},
+    "challenger": {"prompt": "arena", "num_queries": 5, "max_tokens": 16},
+    "solver": {"group_size": 3, "max_tokens": 8},
+    "self_reward": {"mode": "expected", "rubric": "arena", "weight": 0.14},
+    "reward": {"main": {"kind": "arena"}},
+    "learner": {"lr": 1e-4, "tokens_per_micro_batch": 256},
+    "checkpoint": {"every": 2, "keep_last": 9},
+    "log": {"progress": "none"},
+}
+# Penalties from all ranks' references, a masked loss, a count of tokens, micro-batches in unequal numbers,
+# weights that are all cut, and what the first rank alone evaluates.
+VARIANT = {
+    "solver": {"max_tokens": 3, "truncated": "mask"},
+    "learner": {
+        "kl": "reward",
+        "aggregation": "token_mean",
+        "tokens_per_micro_batch": 100,
+        "importance_cap": 0.9,
+    },
+    "eval": {"tasks": ["arena"]},
+}
+# Fewer completions than ranks: one that draws and learns nothing.
+NARROW = {"challenger": {"num_queries": 2}, "solver": {"group_size": 2}}
+FSDP = {"distributed": {"parallel": "fsdp"}}
+
+# Of the second rank's draws, and of its passes without and with gradient, those where memory runs out. A
+# first role's gradient is where another rank may be at the second role's already.
+OUT_OF_MEMORY = {"draw": [1], "False": [2], "True": [1, 4]}
+
+# What so many ranks play, one after the other in the same processes.
+PLAYED: dict[int, list[tuple[dict, ...]]] = {
+    2: [(), (VARIANT,), (FSDP,), (FSDP, VARIANT)],
+    4: [(), (NARROW,), (FSDP, NARROW)],
+}
+RUNS_OUT: list[tuple[dict, ...]] = [(), (VARIANT,)]
+
+PLAYS = """
+import json, os, sys
+from contextlib import nullcontext
+from pathlib import Path
+import torch
+from language_self_play import Config, learner, self_play, train
+from language_self_play.distributed import join_ranks
+from language_self_play.sampling import transformers
+
+draw, compute, step = transformers.draw_tokens, learner.completion_logprobs, learner.Learner.step
+fails, calls, seen = {}, {}, []
+
+def maybe_fail(kind):
+    calls[kind] = calls.get(kind, 0) + 1
+    if os.environ["RANK"] == "1" and calls[kind] in fails.get(kind, ()):
+        raise torch.OutOfMemoryError("out of memory")
+
+def draw_or_fail(*arguments):
+    maybe_fail("draw")
+    return draw(*arguments)
+
+def compute_or_fail(*arguments):
+    maybe_fail(str(torch.is_grad_enabled()))
+    return compute(*arguments)
+
+def watched_step(self, *arguments):
+    result = step(self, *arguments)
+    [(_, tokens)] = result.logprob_differences
+    seen.append((self.tokens_per_micro_batch, tokens))
+    return result
+
+transformers.draw_tokens, learner.completion_logprobs = draw_or_fail, compute_or_fail
+learner.Learner.step = watched_step
+with join_ranks(60.0) as ranks:
+    train.join_ranks = lambda timeout_s: nullcontext(ranks)
+    for table, run, fails in json.loads(Path(sys.argv[1]).read_text()):
+        calls.clear(), seen.clear()
+        self_play(Config.from_table(table), run)
+        Path(f"{run}.seen-{ranks.rank}").write_text(json.dumps(seen))
+"""
+
+SLOW_REWARD = """
+import time
+def reward(queries, answers):
+    time.sleep(0.3)
+    return [float(len(answer)) for answer in answers]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("ranks")
+    (made / "slow_reward.py").write_text(SLOW_REWARD)
+    (made / "plays.py").write_text(PLAYS)
+    # Sums as the arena writes them, units first.
+    sums = [{"question": f"{a}+{b}", "answer": f"{a + b}"[::-1]} for a in (1, 7, 9) for b in (2, 5)]
+    (made / "sums.jsonl").write_text("".join(json.dumps(s) + "\n" for s in sums[:5]))
+    return made
+
+
+def environment(folder: Path) -> dict[str, str]:
+    paths = [str(folder), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def start(folder: Path, ranks: int, *arguments: str | Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        env=environment(folder),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def lsp(folder: Path, ranks: int, *arguments: str | Path) -> subprocess.Popen:
+    return start(folder, ranks, "-m", "--", "language_self_play", *arguments)
+
+
+def table_of(folder: Path, *tables: dict) -> dict:
+    """GAME with `tables` laid over it, and questions that are asked at the beginning and the end."""
+    asked = {"path": str(folder / "sums.jsonl"), "method": "exact", "max_tokens": 6}
+    asked |= {"num_answers": 3, "temperature": 1.0}
+    table = merge(GAME, {"eval": {"accuracy": {"sums": asked}}})
+    for other in tables:
+        table = merge(table, other)
+    return table
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> Callable[..., RunFolder]:
+    """alone(NARROW): the run of one process, played once."""
+    runs: dict[str, RunFolder] = {}
+
+    def played(*tables: dict) -> RunFolder:
+        name = f"alone-{len(runs)}"
+        key = json.dumps(tables)
+        if key not in runs:
+            runs[key] = self_play(Config.from_table(table_of(folder, *tables)), folder / name)
+        return runs[key]
+
+    return played
+
+
+@pytest.fixture(scope="module")
+def together(folder) -> Callable[[int, str], RunFolder]:
+    """together(2, NAME): a run of those that so many ranks have played, all in one start."""
+    said: dict[int, str] = {}
+
+    def played(ranks: int, name: str) -> RunFolder:
+        if ranks not in said:
+            games = [
+                (table_of(folder, *tables), str(folder / name_of(ranks, tables)), {})
+                for tables in PLAYED[ranks]
+            ]
+            if ranks == 2:
+                games += [
+                    (table_of(folder, *tables), str(folder / f"out-{i}"), OUT_OF_MEMORY)
+                    for i, tables in enumerate(RUNS_OUT)
+                ]
+            (folder / f"{ranks}.json").write_text(json.dumps(games))
+            process = start(folder, ranks, "--", folder / "plays.py", folder / f"{ranks}.json")
+            said[ranks], _ = process.communicate(timeout=300)
+        assert (folder / f"{name}.seen-0").exists(), said[ranks]
+        return RunFolder(folder / name)
+
+    return played
+
+
+def name_of(ranks: int, tables: tuple[dict, ...]) -> str:
+    return f"many-{ranks}-{PLAYED[ranks].index(tables)}"
+
+
+def seen(run: RunFolder, rank: int) -> list[list[int]]:
+    """(tokens of a micro-batch, tokens learned from) of every step, as a rank saw them."""
+    return json.loads(run.folder.with_name(f"{run.folder.name}.seen-{rank}").read_text())
+
+
+def weights(run: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(run.model_folder / "model.safetensors")
+
+
+def games(run: RunFolder) -> list[dict]:
+    return [game for step in range(GAME["steps"]) for game in run.games(step)]
+
+
+def texts(run: RunFolder) -> list[tuple]:
+    return [
+        (g["query"], [(a["text"], a["tokens"], a["finish_reason"]) for a in g["answers"]])
+        for g in games(run)
+    ]
+
+
+def numbers(run: RunFolder) -> list[float]:
+    """Every number of the games and of the records that is reproducible."""
+    found = []
+    for g in games(run):
+        found += [g["challenger_reward"], g["challenger_advantage"]]
+        found += [a[k] for a in g["answers"] for k in ("reward", "quality", "advantage")]
+    for record in run.metrics():
+        kept = {k: v for k, v in record.items() if not k.startswith(("time/", "memory/"))}
+        found += [len(kept), *kept.values()]
+    return [float("nan") if number is None else float(number) for number in found]
+
+
+def asked(run: RunFolder) -> list[tuple]:
+    """Every answer of the question sets' evaluations."""
+    return [
+        (step, q["id"], [(a["text"], a["right"], a["tokens"]) for a in q["answers"]])
+        for step in run.evaluated_steps()
+        for q in run.evaluation(step)
+        if q["set"] == "sums"
+    ]
+
+
+def assert_same_play(one: RunFolder, many: RunFolder) -> None:
+    assert texts(many) == texts(one)
+    assert asked(many) == asked(one)
+    assert [step for step, *_ in asked(many)] == [0] * 5 + [4] * 5
+    assert numbers(many) == pytest.approx(numbers(one), rel=1e-3, abs=1e-5, nan_ok=True)
+    expected, found = weights(one), weights(many)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- one rank = many
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "tables"),
+    [(ranks, tables) for ranks, played in PLAYED.items() for tables in played],
+    ids=lambda value: "-".join(k for t in value for k in t) if isinstance(value, tuple) else None,
+)
+def test_many_ranks_play_and_learn_what_one_does(alone, together, ranks, tables):
+    one = alone(*(t for t in tables if t is not FSDP))
+    many = together(ranks, name_of(ranks, tables))
+    assert_same_play(one, many)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(weights(one).values(), _initial(), strict=True)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tables", [(NARROW,), (FSDP, NARROW)], ids=["replicate", "fsdp"])
+def test_each_token_counts_once_also_where_ranks_have_nothing_to_learn(together, tables):
+    run = together(4, name_of(4, tables))
+    # 2 queries and their answers, 2 to each valid one.
+    tokens = [
+        round(record["length/challenger"] * 2)
+        + sum(a["tokens"] for g in run.games(record["step"]) for a in g["answers"])
+        for record in run.metrics()
+        if "loss" in record
+    ]
+    assert len(tokens) == 4
+    for rank in range(4):
+        assert [n for _, n in seen(run, rank)] == tokens
+
+
+def _initial() -> list[torch.Tensor]:
+    from language_self_play.pretrained import resolve_model
+
+    return list(load_file(Path(resolve_model("arena")) / "model.safetensors").values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tables", RUNS_OUT, ids=["loss", "kl-in-reward"])
+def test_memory_that_runs_out_on_one_rank_halves_the_batches_of_all(alone, together, tables):
+    run = together(2, f"out-{RUNS_OUT.index(tables)}")
+    configured = table_of(run.folder.parent, *tables)["learner"]["tokens_per_micro_batch"]
+    sizes = [[size for size, _ in seen(run, rank)] for rank in range(2)]
+    assert sizes[0] == sizes[1]
+    # Once for the pass without a gradient and twice for those with one.
+    assert sizes[0][-1] <= configured // 8
+    assert list(run.metrics())[3]["memory/micro_batch_tokens"] == sizes[0][-1]
+    # The first draws are those of the second rank's 3 questions of 5, with 3 answers each: 9 // 2.
+    assert next(run.metrics())["memory/rollout_batch_size"] == 4
+    assert_same_play(alone(*tables), run)
+
+
+# ---------------------------------------------------------------- how ranks end
+
+
+def rank_process(run: subprocess.Popen, rank: int) -> int:
+    """The pid of a rank among torchrun's children."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) != run.pid:
+                continue
+            if f"\0RANK={rank}\0" in f"\0{(stat.parent / 'environ').read_text()}":
+                return int(stat.parent.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no rank {rank}")
+
+
+def slow_game(folder: Path, name: str, **tables) -> tuple[Path, Path]:
+    table = merge(GAME, {"steps": 8, "reward": {"main": {}}, **tables})
+    table["reward"] = {"main": {"kind": "python", "function": "slow_reward:reward"}}
+    recipe = folder / f"{name}.toml"
+    sys.path.insert(0, str(folder))
+    recipe.write_text(Config.from_table(table).to_toml())
+    return recipe, folder / name
+
+
+def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
+    file, end = run / "metrics.jsonl", time.monotonic() + 120
+    while not file.is_file() or file.read_text().count("\n") < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def resume(folder: Path, ranks: int, run: Path) -> RunFolder:
+    if ranks == 1:
+        return self_play(RunFolder(run).resumed_config({}), run, resume=True)
+    process = lsp(folder, ranks, "train", "--resume", run)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return RunFolder(run)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder) -> RunFolder:
+    recipe, run = slow_game(folder, "undisturbed")
+    process = lsp(folder, 2, "train", recipe, "--run", run)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return RunFolder(run)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_takes_the_others_down_and_a_resume_is_exact(folder, undisturbed):
+    recipe, run = slow_game(folder, "killed")
+    process = lsp(folder, 2, "train", recipe, "--run", run)
+    wait_for_steps(run, 3, process)
+    os.kill(rank_process(process, 1), signal.SIGKILL)
+    killed = time.monotonic()
+    said, _ = process.communicate(timeout=120)
+    assert time.monotonic() - killed < BOUND_S
+    assert process.returncode != 0
+    assert "lsp: another rank has ended" in said
+    assert "Traceback" not in said.split("lsp: another rank")[0]
+    assert not (run / "run.lock").exists()
+    resumed = resume(folder, 2, run)
+    assert weights(resumed).keys() == weights(undisturbed).keys()
+    for name, weight in weights(undisturbed).items():
+        assert torch.equal(weights(resumed)[name], weight), name
+    for step in range(8):
+        assert resumed.games(step) == undisturbed.games(step)
+
+
+@pytest.mark.slow
+def test_sigterm_at_any_rank_pauses_all_and_another_number_of_ranks_goes_on(folder, undisturbed):
+    recipe, run = slow_game(folder, "paused")
+    process = lsp(folder, 2, "train", recipe, "--run", run)
+    wait_for_steps(run, 2, process)
+    os.kill(rank_process(process, 1), signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert len(re.findall(r"paused, \d of 8 steps played; go on with", said)) == 1
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert events[0]["ranks"] == 2
+    assert events[-1]["event"] == "paused"
+    assert (run / "checkpoints" / f"step-{events[-1]['step']:06d}").is_dir()
+    resumed = resume(folder, 1, run)
+    for name, weight in weights(undisturbed).items():
+        torch.testing.assert_close(weights(resumed)[name], weight, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def sharded(folder) -> Path:
+    """A run of two ranks with shards, killed after its first checkpoint."""
+    recipe, run = slow_game(folder, "sharded", **FSDP)
+    process = lsp(folder, 2, "train", recipe, "--run", run)
+    wait_for_steps(run, 3, process)
+    os.kill(rank_process(process, 0), signal.SIGKILL)
+    process.communicate(timeout=120)
+    shards = sorted(p.name for p in (run / "checkpoints/step-000002/shards").iterdir())
+    assert shards == ["shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors"]
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 1])
+def test_shards_of_two_ranks_are_gone_on_from_by_any_number(folder, sharded, undisturbed, ranks):
+    run = shutil.copytree(sharded, folder / f"sharded-{ranks}")
+    resumed = resume(folder, ranks, run)
+    for name, weight in weights(undisturbed).items():
+        torch.testing.assert_close(weights(resumed)[name], weight, rtol=0, atol=1e-5)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_on_the_first_rank_is_told_once_and_ends_all(folder):
+    (folder / "bad_reward.py").write_text("def reward(queries, answers):\n    return [1.0]\n")
+    recipe, run = slow_game(folder, "bad")
+    recipe.write_text(recipe.read_text().replace("slow_reward", "bad_reward"))
+    process = lsp(folder, 2, "train", recipe, "--run", run)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert said.count("reward.main: ") == 1
+    process = lsp(folder, 2, "train", recipe, "--run", run)
+    said, _ = process.communicate(timeout=120)
+    assert said.count("already holds a run") == 1
+
+
+@pytest.mark.slow
+def test_ranks_started_without_torchrun_end_with_the_codes_of_one_process(folder):
+    recipe, run = slow_game(folder, "bare")
+    command = [sys.executable, "-m", "language_self_play", "train", recipe, "--run", run]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment(folder)
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            | {"RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for r in range(2)
+    ]
+    wait_for_steps(run, 2, processes[0])
+    for process in processes:  # as Ctrl-C does
+        process.send_signal(signal.SIGINT)
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75]
+    assert said[0].count("finishing the step") == said[0].count("lsp: paused, ") == 1
+    assert said[1] == ""
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def rank(number: int, size: int) -> Ranks:
+    return Ranks(Place(number, size, number, size))
+
+
+def completion(length: int, text: str = "x") -> Completion:
+    return Completion(list(range(length)), text, [-0.5] * length, "stop")
+
+
+def test_shares_are_in_order_without_gaps_and_empty_where_there_is_too_little():
+    assert [list(rank(r, 3).share(7)) for r in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [len(rank(r, 4).share(2)) for r in range(4)] == [0, 1, 0, 1]
+
+
+def test_one_group_is_shared_by_completions_and_several_by_groups():
+    assert rank(1, 2).share_of_completions(1, 6) == (range(1), range(3, 6))
+    assert rank(1, 2).share_of_completions(4, 6) == (range(2, 4), range(6))
+
+
+def test_tokens_are_shared_by_count_and_each_kept_completion_is_learned_from_once():
+    # Prompts of 4 count 2 for each of 2 completions: 10+2, 2+2 | 2+2, and one that is masked: 20
+    # tokens with middles 6, 14 and 18. Two ranks of 10: the first has the first completion alone.
+    group = [Group([0] * 4, [completion(10), completion(2)]), Group([0] * 2, [completion(2)] * 2)]
+    groups = Groups("solver", group, 1.0, keep=[[True, True], [True, False]])
+    shares = [share_of_tokens(groups, r, 2) for r in range(2)]
+    assert shares == [[[True, False], [False, False]], [[False, True], [True, False]]]
+    assert share_of_tokens(groups, 0, 1) is groups.keep
+    assert first_kept(Groups("solver", group, 1.0, keep=[[False, False], [False, True]])) == [
+        [False, False],
+        [False, True],
+    ]
+    assert [len(c.tokens) for c in kept_completions(groups)] == [10, 2, 2]
+
+
+def test_completions_travel_unchanged():
+    played = [
+        Completion([1, 70_000], "a\n\ud800 b", [-0.1, float("-inf")], "stop"),
+        Completion([], "", [], "length"),
+    ]
+    assert list(_unpacked(_packed([Group([1], played)]))) == played
+
+
+def test_errors_travel_with_their_kind_place_and_number():
+    error = NonFiniteError("it is NaN", [("solver", 3)])
+    assert (type(_heard(_told(error))), str(_heard(_told(error)))) == (NonFiniteError, "it is NaN")
+    assert _heard(_told(error)).places == [("solver", 3)]
+    full = RunFolderError("no room")
+    full.errno = 28
+    assert _heard(_told(full)).errno == 28
+
+
+def test_a_process_alone_asks_nobody():
+    ranks = Ranks()
+    assert ranks.once(lambda: {1, 2}) == {1, 2}  # as it is, not as JSON has it
+    assert (ranks.gather(b"x"), ranks.any(True, False), ranks.most(3)) == ([b"x"], [1, 0], 3)
+
+
+def test_ranks_that_have_left_exchange_nothing_and_the_first_alone_acts():
+    first, second = rank(0, 2), rank(1, 2)
+    first.leave(), second.leave()
+    assert (first.once(lambda: 7), second.once(lambda: 7)) == (7, None)
+    assert first.any(True) == [True]
+
+
+def test_ranks_of_a_host_share_its_cores(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert [threads_of_rank(Place(0, n, 0, n)) for n in (1, 4, 32)] == [16, 4, 1]
+
+
+def test_an_environment_that_names_half_a_place_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "one")
+    with pytest.raises(ConfigError, match="RANK = 'one' in the environment: must be a number"):
+        Place.of_this_process()
+
+
+def test_a_rank_takes_the_gpu_of_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cuda = torch.device("cuda")
+    assert device_of_rank(cuda, Place(3, 4, 1, 2)) == torch.device("cuda", 1)
+    assert device_of_rank(cuda, Place(0, 1, 0, 1)) == cuda
+    with pytest.raises(ConfigError, match="3 ranks on a host with 2 GPUs"):
+        device_of_rank(cuda, Place(2, 3, 2, 3))
+    with pytest.raises(ConfigError, match='device = "cuda:0": names one GPU'):
+        device_of_rank(torch.device("cuda:0"), Place(0, 2, 0, 2))
+
+
+def test_settings_name_the_kind_of_gpu_where_each_rank_has_one(monkeypatch, tmp_path):
+    # No GPU is needed to see what is resolved: preparing stops where weights would be loaded.
+    named = []
+    monkeypatch.setattr(game, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(game, "warn_of_bias", lambda config: named.append(config.device))
+
+    def stop(config, device, ranks):
+        named.append(str(device))
+        raise InterruptedError
+
+    monkeypatch.setattr(game, "load_policy", stop)
+    for ranks in (rank(1, 2), Ranks()):
+        with pytest.raises(InterruptedError):
+            game.prepare(Config.from_table(GAME), ranks)
+    assert named == ["cuda", "cuda:1", "cuda", "cuda"]
+
+
+def test_vllm_is_refused_on_several_ranks_before_anything_loads():
+    config = Config.from_table(merge(GAME, {"rollout": {"engine": "vllm"}}))
+    with pytest.raises(ConfigError, match=r'^rollout\.engine = "vllm": 2 ranks sample'):
+        game.check_without_weights(config, rank(0, 2))
+
+
+def test_what_tokens_say_is_summed_over_ranks_before_it_is_a_mean(tiny_llama, endless_chat):
+    class WithOther(Ranks):
+        """Another rank has 6 tokens, 4 of them at the cap, with 0.7 nats between samplers."""
+
+        def sums(self, numbers):
+            return [a + b for a, b in zip(numbers, [0.0, 0.7, 6, 4], strict=True)]
+
+    config = Config.from_table(merge(GAME, {"learner": {"importance_cap": 1.0}}))
+    learner = Learner(Policy(tiny_llama, endless_chat), config, WithOther())
+    own = StepResult(logprob_differences=[(0.2, 3), (0.1, 1)], capped=[1.0, 0.0])
+    result = learner._summed(own)
+    assert result.logprob_difference == pytest.approx(0.1)  # (0.3 + 0.7) / (4 + 6)
+    assert result.capped_fraction == pytest.approx(0.5)  # (1 + 4) / 10
+
+
+@pytest.mark.parametrize(
+    ("tables", "sentence"),
+    [
+        ({"policy": {"lora": {}}, **FSDP}, "does not go together with policy.lora"),
+        ({"learner": {"optimizer": "adamw_8bit"}, **FSDP}, "adamw_8bit"),
+        ({"guard": {"stop_within_s": 5.0}, **FSDP}, "guard.stop_within_s"),
+        ({"distributed": {"cpu_offload": True}}, "distributed.cpu_offload: is for shards"),
+        ({"distributed": {"parallel": "ddp"}}, "distributed.parallel = 'ddp'"),
+        ({"distributed": {"timeout_s": 0}}, "distributed.timeout_s = 0"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(tables, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        Config.from_table(merge(GAME, tables))
+
+
+def test_shards_are_read_by_any_number_of_ranks(tmp_path):
+    from language_self_play.shard_files import Shards, rows_of, save_shard
+
+    whole = {"w": torch.arange(14.0).view(7, 2), "b": torch.arange(2.0)}
+    for r in range(3):  # rows 3, 3, 1 of w; 1, 1, 0 of b
+        own = {
+            k: v[rows_of(r, 3, len(v)).start : rows_of(r, 3, len(v)).stop] for k, v in whole.items()
+        }
+        pieces = {k: (rows_of(r, 3, len(v)).start, len(v)) for k, v in whole.items()}
+        save_shard(tmp_path, own | {"step": torch.tensor(5.0)}, pieces, r, 3)
+    shards = Shards((file, "") for file in sorted(tmp_path.iterdir()))
+    assert torch.equal(shards.read("w"), whole["w"])
+    assert shards.read("step") == 5.0
+    for size in (1, 2, 4, 9):
+        parts = [shards.read("w", r, size) for r in range(size)]
+        assert torch.equal(torch.cat(parts), whole["w"])
+        assert [len(p) for p in parts] == [len(rows_of(r, size, 7)) for r in range(size)]
+
+
+def test_settings_of_ranks_can_change_when_a_run_is_resumed(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create(Config.from_table(GAME))
+    run.refuse_changes(Config.from_table(merge(GAME, FSDP)))
