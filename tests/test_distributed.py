@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,14 +73,14 @@ FSDP = {"distributed": {"parallel": "fsdp"}}
 
 # Of the second rank's draws, and of its passes without and with gradient, those where memory runs out. A
 # first role's gradient is where another rank may be at the second role's already.
-OUT_OF_MEMORY = {"draw": [1], "False": [2], "True": [1, 4]}
+OUT_OF_MEMORY = {"draw": [1], "False": [2], "True": [1]}
 
 # What so many ranks play, one after the other in the same processes.
 PLAYED: dict[int, list[tuple[dict, ...]]] = {
     2: [(), (VARIANT,), (FSDP,), (FSDP, VARIANT)],
     4: [(), (NARROW,), (FSDP, NARROW)],
 }
-RUNS_OUT: list[tuple[dict, ...]] = [(), (VARIANT,)]
+RUNS_OUT: list[tuple[dict, ...]] = [(), ({"learner": {"kl": "reward"}},)]
 
 PLAYS = """
 import json, os, sys
@@ -320,8 +321,8 @@ def test_memory_that_runs_out_on_one_rank_halves_the_batches_of_all(alone, toget
     configured = table_of(run.folder.parent, *tables)["learner"]["tokens_per_micro_batch"]
     sizes = [[size for size, _ in seen(run, rank)] for rank in range(2)]
     assert sizes[0] == sizes[1]
-    # Once for the pass without a gradient and twice for those with one.
-    assert sizes[0][-1] <= configured // 8
+    # Once for a pass without a gradient and once for one with.
+    assert sizes[0][-1] <= configured // 4
     assert list(run.metrics())[3]["memory/micro_batch_tokens"] == sizes[0][-1]
     # The first draws are those of the second rank's 3 questions of 5, with 3 answers each: 9 // 2.
     assert next(run.metrics())["memory/rollout_batch_size"] == 4
@@ -363,7 +364,11 @@ def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
 
 def resume(folder: Path, ranks: int, run: Path) -> RunFolder:
     if ranks == 1:
-        return self_play(RunFolder(run).resumed_config({}), run, resume=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", ".* held this run and has gone"
+            )  # a killed first rank
+            return self_play(RunFolder(run).resumed_config({}), run, resume=True)
     process = lsp(folder, ranks, "train", "--resume", run)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said

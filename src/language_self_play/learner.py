@@ -149,7 +149,8 @@ class Learner:
         """
         if self.config.learner.kl != "reward":
             return terms
-        found = self._as_memory_allows(terms, lambda: [self._reference_of_all(t) for t in terms])
+        whole = [t._replace(groups=replace(t.groups, keep=None)) for t in terms]
+        found = self._as_memory_allows(whole, lambda: [self._reference_of_all(t) for t in whole])
         for reference_KT in found:
             self.ranks.sum(reference_KT)
         return [t._replace(reference_KT=r) for t, r in zip(terms, found, strict=True)]
@@ -306,7 +307,7 @@ class Learner:
             )
 
     def _reference_of_all(self, term: Term) -> Tensor | None:
-        """log π_Ref of all completions' tokens, masked from the loss or not: (completions, T), padded by 0.
+        """log π_Ref of all completions' tokens, where none is masked: (completions, T), padded by 0.
 
         Of other ranks' completions it is 0; None at β = 0.
         """
@@ -315,7 +316,7 @@ class Learner:
         if not (beta and lengths):
             return None
         rows_KT = torch.zeros(len(lengths), max(lengths), device=self.policy.device)
-        batches = self._micro_batches(replace(groups, keep=None))
+        batches = self._micro_batches(groups)
         for batch, logprobs in zip(
             batches, self._reference_logprobs(batches, groups, beta), strict=True
         ):

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -47,6 +48,10 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (`{self.prog} --help` shows how it is used)")
 
 
+# Seconds in which a rank of the same host comes to tell what this one has met, too.
+LINGER_S = 10
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
@@ -67,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _speaks(error):
             for line in str(error).splitlines():
                 print(f"{_name()}: {line}", file=sys.stderr)
+        elif not error.agreed:
+            time.sleep(LINGER_S)  # a launcher kills the others when one ends: who tells ends first
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         if _rank() == 0:
