@@ -230,6 +230,12 @@ def test_a_judge_of_the_first_answer_is_a_draw_with_its_bias_reported(
     assert figures["position_bias"]["first"] == 1.0
     assert figures["position_bias"]["flipped"] == 1.0
     assert "the answer shown first is preferred 100.0 %" in capsys.readouterr().out
+    # The orders are in the file, and scored to the same figures.
+    folder = tmp_path / "evaluations" / "win-rate-mine-theirs"
+    again = ["eval", "alpaca", "--annotations", str(folder / "annotations.json")]
+    assert main([*again, "--json", "again.json"]) == 0
+    of_file = json.loads((tmp_path / "again.json").read_text())
+    assert of_file == {name: value for name, value in figures.items() if name != "costs"}
 
 
 def test_a_dry_run_says_what_judging_costs_and_asks_nothing(

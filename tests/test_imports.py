@@ -123,6 +123,7 @@ BESIDE = {
     "cli.eval_win_rate": {"cli", "cli.eval_pairs", "cli.evaluate"},
     "cli.eval_table": {"cli"},
     "cli.eval_harness": {"cli", "cli.evaluate"},
+    "evaluate.answers": {"evaluate.kept"},
     "evaluate.harness": {"evaluate"},
     "cli.eval_accuracy": {"cli", "cli.evaluate", "cli.overrides"},
     "cli.play": {"cli", "cli.overrides"},

@@ -185,6 +185,20 @@ def test_a_score_that_names_neither_answer_nor_a_tie_is_no_verdict(build, endpoi
         build(retries=0)([Pair("q", "a", "b")], QUIET)
 
 
+def test_what_an_endpoint_says_of_its_policy_is_not_taken_for_a_setting(build, endpoint):
+    said = "The prompt triggers our content management policy. Please modify it"
+    endpoint.default = status(400, said)
+    with pytest.raises(RewardError, match=re.escape(said)) as error:
+        build()([Pair("q", "a", "b")], QUIET)
+    assert str(error.value).startswith("--judge: a request to grader")
+
+
+def test_a_prompt_file_keeps_its_name_in_what_is_wrong_with_it():
+    flags = {"base_url": "http://localhost:1/v1", "model": "m", "prompt": "no/policy.txt"}
+    with pytest.raises(InputFileError, match=r"no/policy\.txt"):
+        build_pair_judge(flags)
+
+
 def test_a_busy_endpoint_is_asked_again(build, endpoint):
     endpoint.script = [status(429), status(503)]
     endpoint.default = prefers("ours")

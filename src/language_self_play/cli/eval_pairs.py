@@ -140,7 +140,7 @@ def compare(
         # Of one's own copy what the judge makes of equal answers is the question.
         asked = pairs_to_ask(theirs, ours, ask_equal=own_copy)
         if asked:
-            print(judge.plan(asked))
+            print(judge.plan(asked), flush=True)  # also where output goes to a file
         if len(asked) < len(ours):
             print(f"{len(ours) - len(asked)} pairs of equal answers tie unasked")
         if options.dry_run:

@@ -8,18 +8,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from language_self_play.config import Policy, Sampling
 from language_self_play.durable import append_text
 from language_self_play.errors import InputFileError
+from language_self_play.evaluate.kept import written_when
 from language_self_play.policy import load_chat_model
 from language_self_play.pretrained import choose_device, choose_dtype, resolve_model
 from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
-
-# Files of a model's folder that decide on what it says.
-DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model")
 
 
 @dataclass(frozen=True)
@@ -112,11 +109,7 @@ def _identity(
     section: Policy, system_prompt: str | None, instructions: Sequence[str], how: Answering
 ) -> str:
     """A hash of all that decides on the answers; of a model in a folder also when it was written."""
-    folder = Path(resolve_model(section.path))
-    files: list[Any] = []
-    if folder.is_dir():
-        found = sorted(file for pattern in DECISIVE for file in folder.glob(pattern))
-        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in found]
+    files = written_when(Path(resolve_model(section.path)))
     model = section.model_dump(exclude={"lora"})
     asked = [model, files, system_prompt, list(instructions), asdict(how)]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]

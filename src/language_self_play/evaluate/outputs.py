@@ -106,15 +106,6 @@ def read_annotations(path: Path, setting: str) -> tuple[list[Annotation], int]:
         if preference is None or (isinstance(preference, float) and math.isnan(preference)):
             unjudged += 1
             continue
-        value = _number(preference)
-        if value == 0:
-            value = TIE  # as older files write it
-        if value is None or not BASELINE_WINS <= value <= MODEL_WINS:
-            raise InputFileError(
-                f"{place}: preference = {preference!r}; must be a number from 1 (the baseline's answer is"
-                " better) to 2 (the model's)"
-            )
-        annotator = str(row.get("annotator") or "")
         annotations.append(
             Annotation(
                 texts[0],
@@ -122,9 +113,13 @@ def read_annotations(path: Path, setting: str) -> tuple[list[Annotation], int]:
                 names[0],
                 texts[2],
                 names[1],
-                value,
-                annotator,
+                _preference(row, "preference", place),
+                str(row.get("annotator") or ""),
                 _dataset(row, place),
+                *(
+                    None if row.get(order) is None else _preference(row, order, place)
+                    for order in ("baseline_first", "model_first")
+                ),
             )
         )
     if not annotations:
@@ -276,6 +271,18 @@ def _dataset(row: Mapping[str, Any], place: str) -> str | None:
 
 def _columns(row: Mapping[str, Any]) -> str:
     return f", its columns are {', '.join(map(str, row)) or 'none'}"
+
+
+def _preference(row: Mapping[str, Any], column: str, place: str) -> float:
+    value = _number(row[column])
+    if value == 0:
+        return TIE  # as older files write it
+    if value is None or not BASELINE_WINS <= value <= MODEL_WINS:
+        raise InputFileError(
+            f"{place}: {column} = {row[column]!r}; must be a number from 1 (the baseline's answer is"
+            " better) to 2 (the model's)"
+        )
+    return value
 
 
 def _number(value: Any) -> float | None:

@@ -7,6 +7,7 @@ nothing to them; the higher score is preferred, equal ones tie.
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from language_self_play.chat import load_chat
-from language_self_play.config import Config, JudgeReward, SelfReward
+from language_self_play.config import Config, JudgeReward, Policy, SelfReward
 from language_self_play.errors import ConfigError, LspError, ServiceError
 from language_self_play.evaluate.outputs import Annotation, Output
 from language_self_play.evaluate.win_rate import BASELINE_WINS, MODEL_WINS, TIE
@@ -66,6 +67,10 @@ tie:
 
 CHARACTERS_PER_TOKEN = 4  # of English text, for an estimate
 KINDS = ("judge", "local", "reward_model", "python", "arena")
+# The policy's fields one by one: endpoints quote their "content policy. …", and files have names, too.
+SETTING = re.compile(
+    rf"\b(?:reward\.judge|self_reward)(?=[.:])|(?<![\w./-])policy(?=\.(?:{'|'.join(Policy.model_fields)})\b)"
+)
 
 Tell = Callable[[int, int], None]
 
@@ -391,6 +396,4 @@ def named_as_flags() -> Iterator[None]:
 
 def as_flags(said: str) -> str:
     """A message whose settings are named as `--judge.FIELD`."""
-    for section in ("reward.judge", "self_reward", "policy"):
-        said = said.replace(f"{section}.", "--judge.").replace(f"{section}:", "--judge:")
-    return said
+    return SETTING.sub("--judge", said)
