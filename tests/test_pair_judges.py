@@ -316,6 +316,7 @@ def test_a_reward_models_higher_score_wins(tokenizer, tmp_path):
         ({"model": "m"}, "--judge.base_url: missing"),
         ({"base_url": "ftp://x", "model": "m"}, "--judge.base_url = 'ftp://x': not an address"),
         ({"base_url": "http://localhost:1/v1", "model": 3}, "--judge.model = 3: "),
+        ({"kind": "arena", "weight": -1.0}, "--judge.weight: a verdict on a pair has none"),
         (
             {"base_url": "http://localhost:1/v1", "model": "m", "max_score": 5.0},
             "--judge.max_score = 5: a verdict on a pair is 0, 1 or 2",

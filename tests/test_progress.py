@@ -252,6 +252,17 @@ def test_the_live_bar_shows_steps_and_numbers_and_a_game_on_80_columns():
     assert below in lines[bar + 1]
 
 
+def test_the_live_bars_shares_of_time_are_of_its_newest_step():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=200, color_system=None)
+    with LiveBar(steps=10, start=0, every_s=0.0, console=console) as bar:
+        bar.step({"step": 0, "time/step_s": 6.0, "time/learn_s": 1.0, "time/eval_s": 5.0}, [])
+        bar.step({"step": 1, "time/step_s": 2.0, "time/learn_s": 1.0}, [])
+    last = [line for line in out.getvalue().splitlines() if "a step:" in line][-1]
+    assert "learn 50%" in last
+    assert "eval" not in last  # 5 s of the step before would be 250 %
+
+
 def test_the_live_bar_shows_markup_and_emoji_names_as_they_were_written():
     out = play_with_a_bar(game("[red]boo[/red] :smile: [/x]", 1, 0, texts="[bold]57"))
     assert "[red]boo[/red] :smile: [/x]  →  [bold]57 (R 1, R_Q 3.50)" in out

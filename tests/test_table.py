@@ -15,7 +15,13 @@ from language_self_play import Config, self_play
 from language_self_play.cli import main
 from language_self_play.errors import ConfigError, InputFileError, RunFolderError
 from language_self_play.evaluate.intervals import bootstrap_interval, paired_bootstrap_p
-from language_self_play.evaluate.scores import WIN_RATE, read_measured, run_label, scores_of
+from language_self_play.evaluate.scores import (
+    STRICT_WIN_RATE,
+    WIN_RATE,
+    read_measured,
+    run_label,
+    scores_of,
+)
 from language_self_play.evaluate.table import ALL, build_tables
 from language_self_play.run_folder import RunFolder
 
@@ -88,20 +94,37 @@ def test_win_rates_have_the_papers_subsets_and_the_papers_figures_beside_them(ca
     datasets = ["vicuna", "koala", "vicuna", "koala"]
     annotations("copy.json.gz", [1.5, 1.5, 1.5, 1.5], datasets)
     annotations("lsp.json", [2, 1, 1.5, 1.0], datasets)
-    [table] = build_tables(["base=copy.json.gz", "LSP=lsp.json"])
-    assert table.measure == WIN_RATE
+    table, strict = build_tables(["base=copy.json.gz", "LSP=lsp.json"])
+    assert (table.measure, strict.measure) == (WIN_RATE, STRICT_WIN_RATE)
     assert table.groups == ["koala", "vicuna", ALL]
     # 2, 1, 1.5 and 1 are wins of 1, 0, ½ and 0: vicuna (1 + ½) / 2, koala 0, all 1.5 / 4.
     means = {group: cell.mean for group, cell in table.rows[1].cells.items()}
     assert means == {"koala": 0.0, "vicuna": 0.75, ALL: 0.375}
-    assert table.rows[1].paper == {("v1", ALL): 40.6, ("v1", "vicuna"): 46.3, ("v3", ALL): 36.4}
-    assert table.rows[0].paper == {("v3", ALL): 26.5}
+    assert table.rows[1].paper == {}  # where ties are half a win, which is another quantity
+    # Only the 2 is more than a tie: vicuna 1 of 2, all 1 of 4.
+    means = {group: cell.mean for group, cell in strict.rows[1].cells.items()}
+    assert means == {"koala": 0.0, "vicuna": 0.5, ALL: 0.25}
+    assert strict.rows[1].paper == {("v1", ALL): 40.6, ("v1", "vicuna"): 46.3, ("v3", ALL): 36.4}
+    assert strict.rows[0].paper == {("v3", ALL): 26.5}
     assert main(["eval", "table", "base=copy.json.gz", "LSP=lsp.json"]) == 0
     out = capsys.readouterr().out
     assert (
         "| model | koala | vicuna | all | Δ | p | paper v1 | paper v1, vicuna | paper v3 |" in out
     )
     assert re.search(r"\| LSP \| 0\.0 .* \| 40\.6 \| 46\.3 \| 36\.4 \|", out)
+
+
+def test_ties_as_losses_are_counted_in_both_orders():
+    rows = [
+        {"instruction": "a", "preference": 1.5, "baseline_first": 1, "model_first": 2},
+        {"instruction": "b", "preference": 1.75, "baseline_first": 1.5, "model_first": 2},
+        {"instruction": "c", "preference": 2},
+    ]
+    Path("orders.json").write_text(json.dumps(rows))
+    table, strict = build_tables(["orders.json"])
+    # ½ + ¾ + 1 of 3; one of two orders, one of two, and 1: 2 of 3.
+    assert table.rows[0].cells[ALL].mean == pytest.approx(0.75)
+    assert strict.rows[0].cells[ALL].mean == pytest.approx(2 / 3)
 
 
 def test_the_papers_win_rates_stand_beside_no_accuracy(capsys: Any):
@@ -113,7 +136,7 @@ def test_the_papers_win_rates_stand_beside_no_accuracy(capsys: Any):
 def test_pairs_without_a_verdict_are_left_out_of_their_row_and_of_its_difference():
     annotations("base.json", [1, 2, 2, 1], ["koala"] * 4)
     annotations("a.json", [2, 1.5, None, float("nan")], ["koala"] * 4)
-    [table] = build_tables(["base=base.json", "a.json"])
+    table, _ = build_tables(["base=base.json", "a.json"])
     base, cell = (row.cells[ALL] for row in table.rows)
     # 0 1 1 0, and 1 ½: the differences of the two that both have are 1 and −½.
     assert (base.n, base.mean, cell.n, cell.mean, cell.difference) == (4, 0.5, 2, 0.75, 0.25)
@@ -128,7 +151,7 @@ def test_a_subset_without_any_verdict_is_an_empty_cell(capsys: Any):
 
 def test_published_annotations_give_the_published_win_rate(test_data: Path):
     file = test_data / "data" / "alpaca_eval" / "annotations-OpenHermes-2.5-Mistral-7B.json.gz"
-    [table] = build_tables([str(file)])
+    table, _ = build_tables([str(file)])
     [row] = table.rows
     assert row.label == "annotations-OpenHermes-2.5-Mistral-7B"
     # leaderboard.csv: 10.340415705751552.

@@ -113,6 +113,7 @@ class LiveBar(Silent):
         self.every_s = every_s
         self.shown = time.monotonic()
         self.state: Record = {}
+        self.newest: Record = {}
         self.first = first or {}
         self.console = console or Console()
         self.bar = RichProgress(
@@ -137,13 +138,14 @@ class LiveBar(Silent):
         from rich.console import Group
         from rich.text import Text
 
-        lines = [headline(self.state, self.first), time_line(self.state)]
+        lines = [headline(self.state, self.first), time_line(self.newest)]
         return Group(self.bar, *(Text(line, overflow="fold") for line in lines if line))
 
     def step(self, record: Record, games: list[Record]) -> None:
         from rich.text import Text
 
         self.state |= record
+        self.newest = record  # its parts alone add up to its time
         self.first = self.first or record
         total = int(self.bar.tasks[0].total or 0)
         self.bar.update(self.task, completed=min(record["step"] + 1, total))

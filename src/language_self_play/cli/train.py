@@ -22,7 +22,7 @@ examples:
   lsp train --resume runs/first                     go on where it stopped
 
 exit codes: 0 done, 1 internal error, 2 bad input, 3 stopped by non-finite numbers,
-75 paused and resumable"""
+75 paused and resumable, 130 interrupted"""
 
 
 def run(arguments: list[str]) -> int:

@@ -306,6 +306,8 @@ def build_pair_judge(settings: dict[str, Any], device: str = "auto") -> PairJudg
             "--judge: no judge is named; give --judge.base_url and --judge.model of an endpoint, or"
             " --judge.kind reward_model or local and --judge.path"
         )
+    if "weight" in settings:
+        raise ConfigError("--judge.weight: a verdict on a pair has none; leave it out")
     if kind == "local":
         return _local_judge(settings, device)
     with named_as_flags():

@@ -13,11 +13,14 @@ from typing import Any
 from language_self_play.config import Config
 from language_self_play.errors import InputFileError, RunFolderError
 from language_self_play.evaluate.outcomes import ARENA, Record, passes
+from language_self_play.evaluate.win_rate import TIE
 from language_self_play.model_card import NAMES
 from language_self_play.run_folder import RunFolder
 
 BASE = "base"
 WIN_RATE = "AlpacaEval win rate"
+# What the paper reports: its base against its own copy has 26.5 %, so a tie is no win there.
+STRICT_WIN_RATE = "AlpacaEval win rate, ties as losses"
 # Runs that begin where another ended; a chain is no longer unless two runs name each other.
 LONGEST_CHAIN = 8
 
@@ -139,7 +142,7 @@ def _read_file(path: Path) -> dict[str, Scores]:
         reason = "it is empty" if path.stat().st_size == 0 else error
         raise InputFileError(f"{path}: can't be read as JSON ({reason})") from None
     if isinstance(found, list) and found:
-        return {WIN_RATE: _win_rates(found, path)}
+        return _win_rates(found, path)
     if isinstance(found, Mapping) and found.get("questions"):
         name = found.get("set", ARENA)
         # The arena's questions are named by their queries.
@@ -159,13 +162,17 @@ def _read_file(path: Path) -> dict[str, Scores]:
     )
 
 
-def _win_rates(annotations: list[Any], path: Path) -> Scores:
-    """A preference from 1 (the baseline) to 2 (the model) is a win from 0 to 1."""
-    scores = Scores()
+def _win_rates(annotations: list[Any], path: Path) -> dict[str, Scores]:
+    """A preference from 1 (the baseline) to 2 (the model) is a win from 0 to 1, or one if above 1.5.
+
+    Ties as losses are counted in each of the two orders, where the file has them.
+    """
+    scores, strict = Scores(), Scores()
     for number, row in enumerate(annotations, 1):
         preference = row.get("preference") if isinstance(row, Mapping) else None
         if isinstance(row, Mapping) and "preference" in row and _is_missing(preference):
             scores.unjudged.add(str(row.get("instruction")))
+            strict.unjudged.add(str(row.get("instruction")))
             continue
         if not _is_preference(preference) or "instruction" not in row:
             raise InputFileError(
@@ -175,11 +182,14 @@ def _win_rates(annotations: list[Any], path: Path) -> Scores:
         if (instruction := str(row["instruction"])) in scores.values:
             raise InputFileError(f"{path}, row {number}: its instruction was there before")
         scores.values[instruction] = float(row["preference"]) - 1
+        orders = [row.get(order) for order in ("baseline_first", "model_first")]
+        verdicts = orders if all(map(_is_preference, orders)) else [row["preference"]]
+        strict.values[instruction] = sum(v > TIE for v in verdicts) / len(verdicts)
         if row.get("dataset") is not None:
-            scores.groups[instruction] = str(row["dataset"])
+            scores.groups[instruction] = strict.groups[instruction] = str(row["dataset"])
     if not scores.values:
         raise InputFileError(f"{path}: has no verdict in any of its {len(annotations)} rows")
-    return scores
+    return {WIN_RATE: scores, STRICT_WIN_RATE: strict}
 
 
 def _is_missing(preference: Any) -> bool:

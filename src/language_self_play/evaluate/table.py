@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 from language_self_play.arena.tasks import TIERS
 from language_self_play.errors import ConfigError, InputFileError
 from language_self_play.evaluate.intervals import bootstrap_interval, paired_bootstrap_p
-from language_self_play.evaluate.scores import BASE, WIN_RATE, Measured, Scores, read_measured
+from language_self_play.evaluate.scores import (
+    BASE,
+    STRICT_WIN_RATE,
+    Measured,
+    Scores,
+    read_measured,
+)
 
 ALL = "all"
 SUBSETS = ("helpful_base", "koala", "oasst", "selfinstruct", "vicuna")
@@ -176,6 +182,6 @@ def _cell(scores: Scores, base: Scores | None, group: str) -> Cell:
 
 
 def _paper(measure: str, label: str) -> dict[tuple[str, str], float]:
-    if measure != WIN_RATE:
+    if measure != STRICT_WIN_RATE:
         return {}
     return {place: rows[label] for place, rows in PAPER.items() if label in rows}
