@@ -141,6 +141,8 @@ BAD = {
         "eval.accuracy.sums.limitt: no such setting; did you mean eval.accuracy.sums.limit?",
     ),
     "no value": (["sums.jsonl", "--limit"], "--limit: needs a value"),
+    "a seed for the arena": (["--seed", "3"], "--seed: has no effect on the arena's"),
+    "a batch for the arena": (["--batch-size=3"], "--batch-size: has no effect on the arena's"),
     "a setting of sets for the arena": (["--limit", "3"], "--limit: has no effect on the arena's"),
     "an empty name": (["=sums.jsonl"], "eval.accuracy: '' can't be a name"),
     "an empty path": (["x="], "eval.accuracy.x.path = ''"),

@@ -20,6 +20,9 @@ from language_self_play.pretrained import (
 )
 from language_self_play.recipe_files import read_text
 
+# Texts longer than the model's context are refused in our own words.
+QUIETLY: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+
 
 class Chat:
     """Both players speak through it; nothing else in the program knows a model's chat format."""
@@ -38,7 +41,7 @@ class Chat:
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **self._template_kwargs
         )
-        return self.tokenizer.encode(text + prefill, add_special_tokens=False)
+        return self.tokenizer.encode(text + prefill, **QUIETLY)
 
     def encode_reply(self, user: str, reply: str, system: str | None = None) -> list[int]:
         """Tokens of `reply` as the assistant writes it after `user`, without a stop token."""
@@ -46,7 +49,7 @@ class Chat:
         whole = self.encode(user, system, prefill=reply)
         if whole[: len(before)] == before:
             return whole[len(before) :]
-        return self.tokenizer.encode(reply, add_special_tokens=False)
+        return self.tokenizer.encode(reply, **QUIETLY)
 
     def decode(self, token_lists: list[list[int]]) -> list[str]:
         """Their texts; special tokens stay, so that what hides behind them is seen and judged."""

@@ -67,9 +67,10 @@ def run(arguments: list[str]) -> int:
             raise ConfigError(f"--{flag} = {value}: must be at least {least}")
     check_report(options.json)
     if options.set == "arena":
-        if overrides:
+        asked = [n for n in ("seed", "batch-size") if f"--{n}" in {a.split("=")[0] for a in own}]
+        if unused := [*overrides, *asked]:
             raise ConfigError(
-                f"--{next(iter(overrides))}: has no effect on the arena's questions, which are asked as"
+                f"--{unused[0]}: has no effect on the arena's questions, which are asked as"
                 " they are; leave it out, or name a SET"
             )
         return _arena(options.model, options.device, options.json)

@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
     options, judge = parse(parser, arguments)
     check_report(options.json)
     if options.annotations is not None:
-        return _score(options, bool(judge))
+        return _score(options, bool(judge), parser)
     if options.model is None:
         raise ConfigError(
             "MODEL: name the model to measure, or a file of annotations by --annotations"
@@ -93,15 +93,15 @@ def run(arguments: list[str]) -> int:
     return compare(options.model, baseline, instructions, options, judge, "alpaca", difficulties)
 
 
-def _score(options: argparse.Namespace, has_judge: bool) -> int:
+def _score(options: argparse.Namespace, has_judge: bool, parser: Parser) -> int:
     """The figures of annotations that exist."""
+    used = ("annotations", "instructions", "instruction_difficulty", "json")
+    unused = [name for name in vars(options) if name not in used]
     for flag, given in (
-        ("MODEL", options.model),
-        ("--baseline", options.baseline),
-        ("--judge", has_judge or None),
-        ("--out", options.out),
+        *((_flag(name), vars(options)[name] != parser.get_default(name)) for name in unused),
+        ("--judge", has_judge),
     ):
-        if given is not None:
+        if given:
             raise ConfigError(
                 f"{flag}: is not used with --annotations, which holds both sides' answers and the"
                 " verdicts; leave one of the two out"
@@ -134,3 +134,7 @@ def _score(options: argparse.Namespace, has_judge: bool) -> int:
         difficulties = [difficulty_of[text] for text in judged]
     show(annotations, options.json, difficulties, unjudged)
     return 0
+
+
+def _flag(name: str) -> str:
+    return "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
