@@ -139,7 +139,9 @@ BESIDE = {
     "evaluate.accuracy": {"evaluate", "evaluate.intervals", "evaluate.outcomes"},
     "evaluate.exam": {"evaluate", "evaluate.outcomes"},
     "evaluate.kept": {"evaluate", "evaluate.outcomes"},
-    "evaluate.scores": {"evaluate", "evaluate.outcomes", "evaluate.win_rate", "model_card"},
+    "evaluate.scores": {
+        *["evaluate", "evaluate.outcomes", "evaluate.outputs", "evaluate.win_rate", "model_card"],
+    },
     "evaluate.table": {"evaluate", "evaluate.intervals", "evaluate.scores"},
     "evaluate.table_files": {"evaluate", "evaluate.table"},
     "evaluate.outcomes": {"evaluate", "evaluate.intervals", "evaluate.pass_at_k"},

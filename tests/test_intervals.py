@@ -77,6 +77,12 @@ def test_p_is_one_for_equal_answers_and_as_small_as_resamples_allow_for_a_clear_
     assert paired_bootstrap_p([1] * 50, [0] * 50) == pytest.approx(1 / 10_001)
 
 
+def test_few_equal_differences_are_no_evidence():
+    # The sign test: one question 1, three 2 · (½)³.
+    assert paired_bootstrap_p([1], [0]) == 1.0
+    assert paired_bootstrap_p([1, 1, 1], [0, 0, 0]) == 0.25
+
+
 def test_pairing_finds_what_the_spread_between_questions_hides():
     easy_and_hard = [i / 100 for i in range(100)]
     a_little_better = [v + 0.01 + 0.002 * (i % 3) for i, v in enumerate(easy_and_hard)]

@@ -55,7 +55,7 @@ def test_arrays_and_lines_are_read_packed_or_not(name, tmp_path):
         Annotation("Say hi", "hello", "base", "hi", "model", 1.75, "judge", "koala"),
         Annotation("Say ho", "hello", "base", "hi", "model", 1.75, ""),
     ]
-    assert unjudged == 0
+    assert unjudged == []
 
 
 def test_a_preference_of_0_is_a_tie_and_none_is_left_out_and_counted(tmp_path):
@@ -67,7 +67,7 @@ def test_a_preference_of_0_is_a_tie_and_none_is_left_out_and_counted(tmp_path):
     ]
     annotations, unjudged = read_annotations(write(tmp_path / "a.json", rows), "--annotations")
     assert [(a.instruction, a.preference) for a in annotations] == [("a", 1.5), ("d", 2.0)]
-    assert unjudged == 2
+    assert unjudged == ["b", "c"]
 
 
 BAD_ANNOTATIONS = {

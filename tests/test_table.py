@@ -44,9 +44,14 @@ def accuracy_file(file: str, right: list[list[int]], name: str = "gsm8k") -> str
     return file
 
 
-def annotations(file: str, preferences: list[float | None], datasets: list[str]) -> str:
+PAIR = {"output_1": "x", "generator_1": "base", "output_2": "y", "generator_2": "mine"}
+
+
+def annotations(
+    file: str, preferences: list[float | None], datasets: list[str], annotator: str = "judge"
+) -> str:
     rows = [
-        {"instruction": f"do {i}", "preference": p, "dataset": d, "output_2": "x"}
+        {"instruction": f"do {i}", "preference": p, "dataset": d, **PAIR, "annotator": annotator}
         for i, (p, d) in enumerate(zip(preferences, datasets, strict=True))
     ]
     text = json.dumps(rows).encode()
@@ -120,8 +125,8 @@ def test_ties_as_losses_are_counted_in_both_orders():
         {"instruction": "b", "preference": 1.75, "baseline_first": 1.5, "model_first": 2},
         {"instruction": "c", "preference": 2},
     ]
-    Path("orders.json").write_text(json.dumps(rows))
-    table, strict = build_tables(["orders.json"])
+    Path("orders.jsonl").write_text("\n".join(json.dumps(row | PAIR) for row in rows))
+    table, strict = build_tables(["orders.jsonl"])
     # ½ + ¾ + 1 of 3; one of two orders, one of two, and 1: 2 of 3.
     assert table.rows[0].cells[ALL].mean == pytest.approx(0.75)
     assert strict.rows[0].cells[ALL].mean == pytest.approx(2 / 3)
@@ -265,7 +270,7 @@ def test_two_runs_of_one_kind_are_told_apart_by_their_folders(runs: Any, tmp_pat
 
 
 def bad_files() -> dict[str, tuple[Any, str]]:
-    question = answered([[1]])[0]
+    question, pair = answered([[1]])[0], PAIR | {"instruction": "x"}
     return {
         "empty": (b"", r"a.json: can't be read as JSON \(it is empty\)"),
         "no JSON": (b"{", r"a.json: can't be read as JSON"),
@@ -273,18 +278,15 @@ def bad_files() -> dict[str, tuple[Any, str]]:
         "something else": ({"x": 1}, r"a.json: holds no results question by question"),
         "an empty list": ([], r"a.json: holds no results question by question"),
         "figures without judgements": ({"win_rate": 50.0}, r"a.json: holds a win rate, not its"),
-        "no preference": ([{"instruction": "x"}], r"a.json, row 1: is no annotation"),
-        "a preference of 0": (
-            [{"instruction": "x", "preference": 0}],
-            r"a.json, row 1: .* and has 0$",
+        "no preference": ([pair], r"a.json, row 1: has no column 'preference'"),
+        "a preference of 3": (
+            [pair | {"preference": 3}],
+            r"a.json, row 1: preference = 3; must be",
         ),
-        "an instruction twice": (
-            [{"instruction": "x", "preference": 1}] * 2,
-            r"a.json, row 2: its instruction was there before",
-        ),
+        "an instruction twice": ([pair | {"preference": 1}] * 2, r"a.json, row 2: repeats the"),
         "no verdict": (
-            [{"instruction": "x", "preference": None}],
-            r"a.json: has no verdict in any",
+            [pair | {"preference": None}],
+            r"a.json: none of its 1 rows has a preference",
         ),
         "a question twice": (
             {"set": "gsm8k", "questions": [question, question]},
@@ -317,6 +319,15 @@ def test_results_of_other_questions_are_not_compared():
         r"b.json: gsm8k, accuracy is of other questions than a.json's \(3 and 2, 2 in common\)"
     )
     with pytest.raises(InputFileError, match=sentence):
+        build_tables(["a.json", "b.json"])
+
+
+def test_verdicts_of_two_judges_are_not_compared():
+    annotations("a.json", [1, 2], ["koala"] * 2)
+    annotations("b.json", [1, 2], ["koala"] * 2, annotator="another")
+    with pytest.raises(
+        InputFileError, match=r"b.json: was judged by another, and a.json by judge;"
+    ):
         build_tables(["a.json", "b.json"])
 
 

@@ -132,7 +132,7 @@ def _score(options: argparse.Namespace, has_judge: bool, parser: Parser) -> int:
         of_all = read_difficulties(options.instruction_difficulty, order, DIFFICULTY_FLAG)
         difficulty_of = dict(zip(order, of_all, strict=True))
         difficulties = [difficulty_of[text] for text in judged]
-    show(annotations, options.json, difficulties, unjudged)
+    show(annotations, options.json, difficulties, len(unjudged))
     return 0
 
 

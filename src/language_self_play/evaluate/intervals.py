@@ -76,10 +76,11 @@ def paired_bootstrap_p(
     _check(b, 0.5)
     differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     found = differences.mean()
+    least = 2.0 ** (1 - len(differences)) if np.ptp(differences) == 0 else 0.0
     means = _resampled_means(differences - found, seed, resamples)
     # Sums in another order differ in their last bits; a tie is one.
     extreme = int((np.abs(means) >= abs(found) * (1 - 1e-12)).sum())
-    return (1 + extreme) / (1 + resamples)
+    return max(least, (1 + extreme) / (1 + resamples))
 
 
 def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:

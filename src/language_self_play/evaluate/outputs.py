@@ -91,12 +91,12 @@ def read_outputs(path: Path, setting: str) -> list[Output]:
     return outputs
 
 
-def read_annotations(path: Path, setting: str) -> tuple[list[Annotation], int]:
-    """(judged pairs, how many rows have no preference because a judge gave none).
+def read_annotations(path: Path, setting: str) -> tuple[list[Annotation], list[str]]:
+    """(judged pairs, the instructions of rows without a preference, because a judge gave none).
 
     Raises InputFileError for a missing column, a preference outside 1 … 2, or an instruction twice.
     """
-    annotations, unjudged = [], 0
+    annotations, unjudged = [], []
     for place, row in _rows(path, setting):
         texts = [_text(row, c, place) for c in ("instruction", "output_1", "output_2")]
         names = [_text(row, c, place) for c in ("generator_1", "generator_2")]
@@ -104,7 +104,7 @@ def read_annotations(path: Path, setting: str) -> tuple[list[Annotation], int]:
             raise InputFileError(f"{place}: has no column 'preference'{_columns(row)}")
         preference = row["preference"]
         if preference is None or (isinstance(preference, float) and math.isnan(preference)):
-            unjudged += 1
+            unjudged.append(texts[0])
             continue
         annotations.append(
             Annotation(
@@ -123,7 +123,7 @@ def read_annotations(path: Path, setting: str) -> tuple[list[Annotation], int]:
             )
         )
     if not annotations:
-        raise InputFileError(f"{path}: none of its {unjudged} rows has a preference")
+        raise InputFileError(f"{path}: none of its {len(unjudged)} rows has a preference")
     _refuse_repeats(path, [a.instruction for a in annotations])
     for side in ("generator_1", "generator_2"):
         generators = sorted({getattr(a, side) for a in annotations})

@@ -8,11 +8,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from language_self_play.config import Config
 from language_self_play.errors import InputFileError, RunFolderError
 from language_self_play.evaluate.outcomes import ARENA, Record, passes
+from language_self_play.evaluate.outputs import read_annotations
 from language_self_play.evaluate.win_rate import TIE
 from language_self_play.model_card import NAMES
 from language_self_play.run_folder import RunFolder
@@ -32,6 +32,7 @@ class Scores:
     values: dict[str, float] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
     unjudged: set[str] = field(default_factory=set)  # asked, but without a verdict
+    judge: str = ""  # whose verdicts they are
 
 
 @dataclass
@@ -134,6 +135,8 @@ def _values(question: Record) -> dict[str, float]:
 
 def _read_file(path: Path) -> dict[str, Scores]:
     """Scores of a file that `lsp eval accuracy --json` wrote, or of annotations of `alpaca`."""
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        return _win_rates(path)
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
@@ -142,7 +145,7 @@ def _read_file(path: Path) -> dict[str, Scores]:
         reason = "it is empty" if path.stat().st_size == 0 else error
         raise InputFileError(f"{path}: can't be read as JSON ({reason})") from None
     if isinstance(found, list) and found:
-        return _win_rates(found, path)
+        return _win_rates(path)
     if isinstance(found, Mapping) and found.get("questions"):
         name = found.get("set", ARENA)
         # The arena's questions are named by their queries.
@@ -162,39 +165,19 @@ def _read_file(path: Path) -> dict[str, Scores]:
     )
 
 
-def _win_rates(annotations: list[Any], path: Path) -> dict[str, Scores]:
+def _win_rates(path: Path) -> dict[str, Scores]:
     """A preference from 1 (the baseline) to 2 (the model) is a win from 0 to 1, or one if above 1.5.
 
     Ties as losses are counted in each of the two orders, where the file has them.
     """
-    scores, strict = Scores(), Scores()
-    for number, row in enumerate(annotations, 1):
-        preference = row.get("preference") if isinstance(row, Mapping) else None
-        if isinstance(row, Mapping) and "preference" in row and _is_missing(preference):
-            scores.unjudged.add(str(row.get("instruction")))
-            strict.unjudged.add(str(row.get("instruction")))
-            continue
-        if not _is_preference(preference) or "instruction" not in row:
-            raise InputFileError(
-                f"{path}, row {number}: is no annotation: it needs an `instruction` and a `preference`"
-                f" from 1 to 2, and has {preference!r}"
-            )
-        if (instruction := str(row["instruction"])) in scores.values:
-            raise InputFileError(f"{path}, row {number}: its instruction was there before")
-        scores.values[instruction] = float(row["preference"]) - 1
-        orders = [row.get(order) for order in ("baseline_first", "model_first")]
-        verdicts = orders if all(map(_is_preference, orders)) else [row["preference"]]
-        strict.values[instruction] = sum(v > TIE for v in verdicts) / len(verdicts)
-        if row.get("dataset") is not None:
-            scores.groups[instruction] = strict.groups[instruction] = str(row["dataset"])
-    if not scores.values:
-        raise InputFileError(f"{path}: has no verdict in any of its {len(annotations)} rows")
+    annotations, unjudged = read_annotations(path, "annotations")
+    judges = sorted({a.annotator for a in annotations})
+    scores, strict = (Scores(unjudged=set(unjudged), judge=", ".join(judges)) for _ in range(2))
+    for a in annotations:
+        orders = [v for v in (a.baseline_first, a.model_first) if v is not None]
+        verdicts = orders or [a.preference]
+        scores.values[a.instruction] = a.preference - 1
+        strict.values[a.instruction] = sum(v > TIE for v in verdicts) / len(verdicts)
+        if a.dataset is not None:
+            scores.groups[a.instruction] = strict.groups[a.instruction] = a.dataset
     return {WIN_RATE: scores, STRICT_WIN_RATE: strict}
-
-
-def _is_missing(preference: Any) -> bool:
-    return preference is None or preference != preference
-
-
-def _is_preference(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= 2

@@ -120,7 +120,7 @@ def _table(measure: str, base: Measured | None, models: list[Measured]) -> Measu
     having = [model for model in models if measure in model.scores]
     first = having[0]
     for model in having[1:]:
-        _refuse_other_questions(measure, first, model)
+        _refuse_others(measure, first, model)
     groups = _groups(first.scores[measure])
     of_base = None if base is None else base.scores.get(measure)
     rows = [
@@ -138,7 +138,13 @@ def _table(measure: str, base: Measured | None, models: list[Measured]) -> Measu
     return MeasureTable(measure, groups, rows)
 
 
-def _refuse_other_questions(measure: str, one: Measured, other: Measured) -> None:
+def _refuse_others(measure: str, one: Measured, other: Measured) -> None:
+    judge, other_judge = (m.scores[measure].judge for m in (one, other))
+    if judge != other_judge:
+        raise InputFileError(
+            f"{other.source}: was judged by {other_judge or 'nobody named'}, and {one.source} by"
+            f" {judge or 'nobody named'}; compare verdicts of one judge"
+        )
     a, b = (
         set(scores.values) | scores.unjudged
         for scores in (one.scores[measure], other.scores[measure])
