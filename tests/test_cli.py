@@ -156,6 +156,13 @@ def run_command_that_raises(error, monkeypatch):
     return main(["recipes"])
 
 
+def test_help_is_filled_to_the_terminal_and_its_examples_are_left_as_they_are():
+    said = lsp("train", "--help", env={**ENVIRONMENT, "COLUMNS": "60"}).stdout
+    prose = said[said.index("RECIPE is") : said.index("positional")]
+    assert max(map(len, prose.splitlines())) <= 60
+    assert "  lsp train --resume runs/first                  go on where it stopped\n" in said
+
+
 # ---------------------------------------------------------------- recipes
 
 
@@ -575,7 +582,9 @@ def test_play_prints_valid_and_invalid_queries_in_order(capsys):
     from language_self_play.cli.play import watch
 
     watch(ScriptedGame([("27+48",), ("oops\x1b[2J", False, "truncated"), ("[red]1+1",)]), 3)
-    lines = capsys.readouterr().out.splitlines()
+    legend, _, games = capsys.readouterr().out.partition("→ 57).\n")
+    assert legend.startswith("query  →  best answer  |  worst answer, each with its")
+    lines = games.splitlines()
     assert lines[0] == "   1  27+48  →  57 (R 1, R_Q 3.50)  |  57 (R 1, R_Q 3.50)   V 1.00"
     assert lines[1] == "   2  oops\\x1b[2J  invalid: truncated"
     assert lines[2].startswith("   3  [red]1+1  →  57 (R 0, R_Q 3.50)")

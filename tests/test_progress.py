@@ -105,6 +105,16 @@ def test_a_game_is_one_line_with_its_answers_scores_and_value():
     assert game_line(game("1+1", -0.5, quality=0)) == "1+1  →  57 (R -0.5, R_Q 0.00)   V -0.50"
 
 
+def test_a_game_without_a_judge_shows_no_quality():
+    played = {"1+1": game("1+1", 1, 0, quality=0)}
+    shown = "1+1  →  57 (R 1)  |  57 (R 0)   V 0.50"
+    assert game_line(played["1+1"], judged=False) == shown
+    out = io.StringIO()
+    lines = PlainLines(10, 0, 5.0, out=out)
+    lines.step({"step": 0, "reward/mean": 0.5}, [played["1+1"]])
+    assert shown in out.getvalue()
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -171,10 +181,10 @@ def test_plain_lines_show_step_time_left_numbers_and_a_game(clock):
     out = io.StringIO()
     watcher = PlainLines(steps=10, start=0, every_s=5.0, out=out)
     clock.s += 20
-    watcher.step({"step": 0, "reward/mean": 0.5}, [game("27+48", 1, 0)])
+    watcher.step({"step": 0, "reward/mean": 0.5, "quality/mean": 3}, [game("27+48", 1, 0)])
     # One step took 20 s, so the other nine will take 180 s.
     assert out.getvalue() == (
-        "step 0/10  3:00 left  V̄ 0.50\n"
+        "step 0/10  3:00 left  V̄ 0.50  V_Q 3.00\n"
         "    27+48  →  57 (R 1, R_Q 3.50)  |  57 (R 0, R_Q 3.50)   V 0.50\n"
     )
 
@@ -229,7 +239,9 @@ def play_with_a_bar(*games, every_s=1e-9, width=200, record=None):
     console = Console(file=out, force_terminal=True, width=width, color_system=None)
     with LiveBar(steps=10, start=0, every_s=every_s, console=console) as bar:
         for step, shown in enumerate(games):
-            bar.step({"step": step, "reward/mean": 0.25} | (record or {}), [shown])
+            bar.step(
+                {"step": step, "reward/mean": 0.25, "quality/mean": 0.5} | (record or {}), [shown]
+            )
     return out.getvalue()
 
 
@@ -295,6 +307,23 @@ def test_the_live_bar_of_a_resumed_run_begins_where_the_run_was():
     with LiveBar(steps=10, start=6, every_s=0.0, console=console):
         pass
     assert "6/10" in out.getvalue()
+
+
+def test_the_live_bar_says_what_it_waits_for_when_all_steps_are_played_and_not_after():
+    console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
+
+    def below(bar: LiveBar) -> list[str]:
+        return [str(part) for part in bar._view().renderables[1:]]
+
+    with LiveBar(steps=2, start=0, every_s=0.0, console=console) as bar:
+        bar.step({"step": 0}, [])
+        assert progress.ENDING not in below(bar)
+        bar.step({"step": 1}, [])
+        assert progress.ENDING in below(bar)
+        bar.step({"step": 2, "eval/sampled_accuracy": 0.5}, [])
+        assert progress.ENDING not in below(bar)
+        bar.step({"step": 1}, [])
+    assert progress.ENDING not in below(bar)  # it has ended, without an evaluation
 
 
 def test_the_live_bar_does_not_count_the_evaluation_after_the_last_step():
@@ -421,4 +450,4 @@ def test_the_summary_shows_what_models_wrote_literally(tmp_path):
     run = RunFolder(tmp_path)
     run.create(CONFIG)
     run.record({"step": 0}, [game("[red]\x1b[2J", 1, texts="[/]")])
-    assert r"[red]\x1b[2J  →  [/] (R 1, R_Q 3.50)" in summary(run)
+    assert r"[red]\x1b[2J  →  [/] (R 1)" in summary(run)

@@ -70,7 +70,7 @@ CALLS = {"sampling": 2 * AT + 1, "learning": 2 * AT + 1, "updating": AT, "checkp
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_at_any_moment_finishes_the_step_and_goes_on_to_the_same_end(
     number, moment, uninterrupted, tmp_path, monkeypatch
 ):
@@ -161,7 +161,7 @@ def test_a_reward_that_catches_everything_does_not_hold_up_the_bound(
 
 
 def test_the_handlers_of_before_are_back_after_a_run(tmp_path):
-    watched = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    watched = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
     before = [signal.getsignal(s) for s in watched]
     self_play(small("arena-zero", steps=1), tmp_path / "run")
     assert [signal.getsignal(s) for s in watched] == before
@@ -332,7 +332,7 @@ def test_a_second_signal_stops_at_once_and_what_is_there_goes_on(
     _, errors = process.communicate(timeout=LONG_S / 2)
     assert process.returncode == code, errors
     assert "Traceback" not in errors
-    said = f"steps since the last checkpoint are played again by: lsp train --resume {folder}\n"
+    said = f"stopped at once; all of it is played again by: lsp train --resume {folder}\n"
     notice = "lsp: finishing the step, then a checkpoint; Ctrl-C again stops at once\n"
     by_hand = number == signal.SIGINT
     assert (notice in errors, said in errors) == (by_hand, by_hand)

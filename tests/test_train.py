@@ -512,3 +512,14 @@ def test_a_stopped_run_goes_on_to_the_same_end(how, uninterrupted, tmp_path):
     events = [json.loads(line)["event"] for line in run.events_file.read_text().splitlines()]
     assert events[0] == "started"
     assert events[-2:] == ["resumed", "finished"]
+
+
+@pytest.mark.slow
+def test_resuming_a_finished_run_says_so_and_changes_nothing(uninterrupted):
+    before = uninterrupted.events_file.read_text()
+    process = start("train", "--resume", str(uninterrupted.folder), cwd=uninterrupted.folder.parent)
+    said, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert said.startswith("All 8 steps are played; --steps N plays on")
+    assert "Held-out accuracy" in said
+    assert uninterrupted.events_file.read_text() == before

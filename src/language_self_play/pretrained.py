@@ -197,7 +197,7 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(
-            f"device = {name!r}: can't be used here: {reason}; another, such as --device cpu, may"
+            f"device = {name!r}: can't be used here: {reason}; try another, such as --device cpu"
         ) from None
     return device
 

@@ -10,6 +10,7 @@ from language_self_play.config import Config
 from language_self_play.run_folder import Record
 
 MAX_SHOWN = 60
+ENDING = "all steps are played: the last evaluation, then the model to disk"
 
 
 class Progress(Protocol):
@@ -87,7 +88,7 @@ class PlainLines(Silent):
         if times := time_line(record):
             lines.append(f"    {times}")
         if self.every_s and (game := choose_game(games)):
-            lines.append(f"    {game_line(game)}")
+            lines.append(f"    {game_line(game, is_judged(record))}")
         try:
             print("\n".join(lines), file=self.out, flush=True)
         except OSError:
@@ -114,6 +115,9 @@ class LiveBar(Silent):
         self.shown = time.monotonic()
         self.state: Record = {}
         self.newest: Record = {}
+        self.is_ending = (
+            False  # all steps are played; the last evaluation and the model are to come
+        )
         self.first = first or {}
         self.console = console or Console()
         self.bar = RichProgress(
@@ -132,6 +136,8 @@ class LiveBar(Silent):
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.is_ending = False
+        self.live.update(self._view())
         self.live.stop()
 
     def _view(self) -> Any:
@@ -139,6 +145,8 @@ class LiveBar(Silent):
         from rich.text import Text
 
         lines = [headline(self.state, self.first), time_line(self.newest)]
+        if self.is_ending:
+            lines.append(ENDING)
         return Group(self.bar, *(Text(line, overflow="fold") for line in lines if line))
 
     def step(self, record: Record, games: list[Record]) -> None:
@@ -148,13 +156,14 @@ class LiveBar(Silent):
         self.newest = record  # its parts alone add up to its time
         self.first = self.first or record
         total = int(self.bar.tasks[0].total or 0)
+        self.is_ending = record["step"] + 1 == total
         self.bar.update(self.task, completed=min(record["step"] + 1, total))
         self.live.update(self._view())
         now = time.monotonic()
         if self.every_s and now - self.shown >= self.every_s and (game := choose_game(games)):
             self.shown = now
             text = Text(f"{record['step']:>6}  ", style="dim")
-            for piece, style in game_pieces(game):
+            for piece, style in game_pieces(game, is_judged(record)):
                 text.append(piece, style)
             self.console.print(text, overflow="ellipsis", no_wrap=True)
 
@@ -248,20 +257,26 @@ def two_answers(game: Record) -> list[Record]:
     return ranked[:1] if len(ranked) == 1 else [ranked[0], ranked[-1]]
 
 
-def game_pieces(game: Record) -> list[tuple[str, str]]:
-    """One game as (text, rich style) pieces: query, two answers, their scores."""
+def is_judged(record: Record) -> bool:
+    """Whether its step has a quality self-reward: that of LSP, not of LSP-Zero or GRPO."""
+    return "quality/mean" in record
+
+
+def game_pieces(game: Record, judged: bool = True) -> list[tuple[str, str]]:
+    """One game as (text, rich style) pieces: query, two answers, their scores; R_Q where `judged`."""
     pieces = [(printable(game["query"]), "bold"), ("  →  ", "dim")]
     for i, answer in enumerate(two_answers(game)):
         style = "green" if answer["reward"] > 0 else "red"
-        scores = f" (R {answer['reward']:.2g}, R_Q {answer['quality']:.2f})"
+        quality = f", R_Q {answer['quality']:.2f}" if judged else ""
+        scores = f" (R {answer['reward']:.2g}{quality})"
         pieces += [("  |  ", "dim")] if i else []
         pieces += [(printable(answer["text"]), style), (scores, "dim")]
     rewards = [a["reward"] for a in game["answers"]]
     return [*pieces, (f"   V {sum(rewards) / len(rewards):.2f}", "dim")]
 
 
-def game_line(game: Record) -> str:
-    return "".join(piece for piece, _ in game_pieces(game))
+def game_line(game: Record, judged: bool = True) -> str:
+    return "".join(piece for piece, _ in game_pieces(game, judged))
 
 
 def printable(text: str, limit: int = MAX_SHOWN) -> str:

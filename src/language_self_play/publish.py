@@ -130,7 +130,7 @@ def _checkpoint(run: RunFolder, step: int) -> Path:
 
 
 def _what_now(run: RunFolder) -> str:
-    resume = f"go on with it by lsp train --resume {run.folder}"
+    resume = f"go on with it by {run.resume_command}"
     if not (steps := _steps_of_checkpoints(run)):
         return resume
     return f"{resume}, or push its newest checkpoint with --checkpoint {steps[-1]}"

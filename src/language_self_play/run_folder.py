@@ -14,10 +14,13 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -74,6 +77,20 @@ class RunFolder:
                 return run
         return None
 
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on with the run."""
+        return f"{command_name()} train --resume {shlex.quote(str(self.folder))}"
+
+    def has_finished(self, steps: int) -> bool:
+        """Whether `steps` steps are played and their model is there."""
+        last: Record = {}
+        with suppress(OSError):
+            lines = self.events_file.read_text("utf-8").splitlines()
+            last = next((json.loads(line) for line in reversed(lines) if line.endswith("}")), {})
+        ended = last.get("event") == "finished" and last.get("step") == steps
+        return ended and self.model_folder.is_dir()
+
     def newest_model(self) -> Path:
         """model/, or the newest checkpoint's where the run has not finished. Raises RunFolderError."""
         if self.model_folder.is_dir():
@@ -84,7 +101,7 @@ class RunFolder:
                     return checkpoint / part
         raise RunFolderError(
             f"{self.folder}: has no model yet, as no checkpoint has been written, or only shards of"
-            f" several ranks; go on with the run by: lsp train --resume {self.folder}"
+            f" several ranks; go on with the run by: {self.resume_command}"
         )
 
     def checkpoints(self) -> list[Path]:
@@ -222,7 +239,7 @@ class RunFolder:
         advice = PASSING.get(error.errno or 0, "see to that")
         raise Paused(
             f"paused, {error}; {newest} steps are safe; {advice}, then go on with:"
-            f" lsp train --resume {self.folder}"
+            f" {self.resume_command}"
         )
 
     def event(self, kind: str, **details: Any) -> None:
@@ -370,6 +387,14 @@ def _read_lines(file: Path) -> list[Record]:
     # Not splitlines: a text may hold U+2028 and its like, which are no ends of JSON lines.
     lines = file.read_text("utf-8").split("\n")
     return [_parse_line(line, file, n) for n, line in enumerate(lines, 1) if line]
+
+
+def command_name() -> str:
+    """`lsp`, or how this process was started where the shell would not find it."""
+    started = sys.argv[0]
+    if shutil.which("lsp") or os.path.basename(started) != "lsp":
+        return "lsp"
+    return os.path.relpath(started)
 
 
 def _parse_line(line: str, file: Path, number: int) -> Record:

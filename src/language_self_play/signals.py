@@ -1,7 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 while a run plays: what they ask for, and when it may happen.
+"""Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 while a run plays: what they ask for, and when it may happen.
 
-    SIGINT, SIGTERM   finish the step, write a checkpoint, exit with code 75; a second one stops at once
-    SIGUSR1           write a checkpoint after the step and go on, where the platform has it
+    SIGINT, SIGTERM, SIGHUP   finish the step, write a checkpoint, exit with code 75; a second one, of
+                              whichever kind, stops at once. SIGHUP comes when the terminal closes
+    SIGUSR1                   write a checkpoint after the step and go on
 
 A signal that was ignored when the run began stays so, as everywhere on Unix: a script's shell starts what
 it puts into the background without SIGINT, so that Ctrl-C ends the script and not that. SIGTERM still
@@ -21,7 +22,9 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 STDERR = 2
 NOTICE = b"\nlsp: finishing the step, then a checkpoint; Ctrl-C again stops at once\n"
 
@@ -83,10 +86,12 @@ class Stops:
         self._checkpoint = True
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            leave_closed_terminal()
         if self._bound_reached:  # the timer's own signal, not another press of Ctrl-C
             self._bound_reached, self._overdue = False, True
             self._abandon_if_overdue()
-        elif not self._playing and number == signal.SIGTERM:
+        elif not self._playing and number != signal.SIGINT:
             raise Abandoned  # A system's own action may be none: in a container, for process 1.
         elif self.requested or not self._playing:
             self._restore()
@@ -121,3 +126,14 @@ class Stops:
         for number, handler in self._before.items():
             # None is the handler of a program around Python, which Python can't set.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def leave_closed_terminal() -> None:
+    """What would be said to a terminal that has closed goes nowhere, so that saying it is no error."""
+    for descriptor in (1, STDERR):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
-import sys
 from typing import Any
 
 from language_self_play.arena.tasks import TIERS
-from language_self_play.progress import accuracies, game_pieces, is_scored
-from language_self_play.run_folder import Record, RunFolder
+from language_self_play.progress import accuracies, game_pieces, is_judged, is_scored
+from language_self_play.run_folder import Record, RunFolder, command_name
 
 
 def print_summary(run: RunFolder, console: Any) -> None:
@@ -27,9 +24,10 @@ def print_summary(run: RunFolder, console: Any) -> None:
     if games:
         note = " (numbers are answered units first)" if "tier" in games[0] else ""
         console.print(f"\nThree games of the last step, easiest query first{note}:")
+        judged = any(is_judged(record) for record in records)
         for game in games:
             text = Text("  ")
-            for piece, style in game_pieces(game):
+            for piece, style in game_pieces(game, judged):
                 text.append(piece, style)
             console.print(text)
     folder, lsp = shlex.quote(str(run.folder)), command_name()
@@ -45,14 +43,6 @@ def print_summary(run: RunFolder, console: Any) -> None:
     lines = [f"\nThe run is in {folder}: config, metrics, games, checkpoints, model. Next:"]
     lines += [f"  {what}:\n    {lsp} {command}" for what, command in next_commands]
     console.print("\n".join(lines), highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def command_name() -> str:
-    """`lsp`, or how this process was started where the shell would not find it."""
-    started = sys.argv[0]
-    if shutil.which("lsp") or os.path.basename(started) != "lsp":
-        return "lsp"
-    return os.path.relpath(started)
 
 
 def accuracy_table(before: Record, after: Record) -> Any:

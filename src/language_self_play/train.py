@@ -55,7 +55,7 @@ def self_play(
 
     Raises an LspError: ConfigError, ModelError, InputFileError and RewardError before weights are
     loaded where that is possible; after a checkpoint NonFiniteError, when too many steps in a row
-    could not be learned from, MemoryLimitError, and Paused, when SIGINT or SIGTERM asks it to stop
+    could not be learned from, MemoryLimitError, and Paused, when SIGINT, SIGTERM or SIGHUP asks it to stop
     or a service that a reward needs is away. A second SIGINT is a KeyboardInterrupt that says how to
     go on. In a process that torchrun started it plays as one of the ranks; each returns the folder, and
     only the first has written to it.
@@ -80,15 +80,17 @@ def _with_signals(
             return _self_play(config, folder, ranks, lock, resume, progress, stops)
         except Abandoned:
             raise Paused(
-                "stopped by SIGTERM before a step was played; start it again, by --resume if its"
+                "stopped by a signal before a step was played; start it again, by --resume if its"
                 " folder holds a config.toml"
             ) from None
         except KeyboardInterrupt:
             if not folder.config_file.is_file():
                 raise
+            again = (
+                "steps since the last checkpoint are" if folder.checkpoints() else "all of it is"
+            )
             raise KeyboardInterrupt(
-                "stopped at once; steps since the last checkpoint are played again by:"
-                f" lsp train --resume {folder.folder}"
+                f"stopped at once; {again} played again by: {folder.resume_command}"
             ) from None
 
 
@@ -205,7 +207,7 @@ def pause(game: Game, run: RunFolder, step: int, reason: str | None = None) -> N
     run.event("paused", step=step, **({"reason": reason} if reason else {}))
     played = f"{step} of {game.config.steps} steps played"
     why = f"paused, {reason}; {played}" if reason else f"paused, {played}"
-    paused = Paused(f"{why}; go on with: lsp train --resume {run.folder}")
+    paused = Paused(f"{why}; go on with: {run.resume_command}")
     paused.agreed = not game.ranks.apart
     raise paused
 

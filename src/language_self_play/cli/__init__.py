@@ -6,11 +6,13 @@ import argparse
 import difflib
 import os
 import sys
+import textwrap
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import groupby
 from typing import Any, NoReturn
 
 from language_self_play import __version__
@@ -36,13 +38,25 @@ COMMANDS = {
 INTERNAL_ERROR, INTERRUPTED = 1, 130
 
 
+class Paragraphs(argparse.HelpFormatter):
+    """Lines that begin in the first column are one paragraph, filled; others stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled: list[str] = []
+        for is_prose, group in groupby(text.splitlines(), lambda line: line[:1].strip() != ""):
+            lines = list(group)
+            if is_prose:
+                prose = " ".join(lines)
+                lines = textwrap.wrap(prose, width, break_on_hyphens=False, break_long_words=False)
+            filled += lines
+        return "\n".join(filled)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one sentence, raised as ConfigError."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
-        )
+        super().__init__(allow_abbrev=False, formatter_class=Paragraphs, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (`{self.prog} --help` shows how it is used)")

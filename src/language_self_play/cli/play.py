@@ -28,6 +28,11 @@ examples:
   lsp play runs/arena/model --games 20
   lsp play runs/arena --answer"""
 
+LEGEND = (
+    "query  →  best answer  |  worst answer, each with its reward R and the model's own grade of its"
+    " quality R_Q; V is the mean R of all answers."
+)
+UNITS_FIRST = " Numbers are answered units first (27+48 → 57)."
 PAUSE_S = 0.7
 
 
@@ -104,6 +109,7 @@ def watch(game: Game, num_games: int) -> None:
     from language_self_play.progress import game_pieces, printable
 
     console = Console()
+    console.print(LEGEND + (UNITS_FIRST if game.in_arena else ""), style="dim", highlight=False)
     shown = step = 0
     while shown < num_games:
         game.sync(step)

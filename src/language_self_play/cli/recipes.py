@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 from language_self_play.cli import Parser
 from language_self_play.errors import InputFileError
+
+INDENT = 16  # where what a recipe is begins
 
 
 def run(arguments: list[str]) -> int:
@@ -24,7 +28,11 @@ def run(arguments: list[str]) -> int:
 
     if options.action in (None, "list"):
         for name in recipe_names():
-            print(f"{name:<16}{recipe_text(name).splitlines()[0].lstrip('# ')}")
+            line = f"{name:<{INDENT}}{recipe_text(name).splitlines()[0].lstrip('# ')}"
+            if sys.stdout.isatty():  # elsewhere a line each, as tools want it
+                width, hang = shutil.get_terminal_size().columns, " " * INDENT
+                line = textwrap.fill(line, width, subsequent_indent=hang, break_on_hyphens=False)
+            print(line)
         return 0
     if options.name not in recipe_names():
         raise InputFileError(no_such_recipe(options.name, files=False))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from language_self_play.cli import Parser
 from language_self_play.errors import ConfigError
+
+if TYPE_CHECKING:
+    from language_self_play.run_folder import RunFolder
 
 DESCRIPTION = """\
 Play Language Self-Play (or its zero-sum form, or GRPO) and learn from it.
@@ -16,10 +20,10 @@ a flag, such as --steps 100 or --policy.path ./my-model; `lsp config` lists them
 
 EXAMPLES = """\
 examples:
-  lsp train arena                                   the built-in game, under 5 minutes on a laptop
-  lsp train arena --algorithm lsp-zero --seed 1     the same without the self-reward
-  lsp train my.toml --run runs/first --dry-run      check it and show its arithmetic
-  lsp train --resume runs/first                     go on where it stopped
+  lsp train arena                                the built-in game: minutes
+  lsp train arena --algorithm lsp-zero --seed 1  the same without self-reward
+  lsp train my.toml --run runs/first --dry-run   check it, show its arithmetic
+  lsp train --resume runs/first                  go on where it stopped
 
 exit codes: 0 done, 1 internal error, 2 bad input, 3 stopped by non-finite numbers,
 75 paused and resumable, 130 interrupted"""
@@ -34,7 +38,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--take-over",
         action="store_true",
-        help="the process of another machine that run.lock names has ended; play in its place",
+        help="if run.lock names a process of another machine: it has ended, play in its place",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check, show the arithmetic, load no weights"
@@ -62,6 +66,9 @@ def run(arguments: list[str]) -> int:
     if options.resume:
         folder = RunFolder(options.resume)
         config = folder.resumed_config(overrides)
+        if folder.has_finished(config.steps) and not options.dry_run:
+            print(f"All {config.steps} steps are played; --steps N plays on, to a higher N.\n")
+            return summarize(folder)
     else:
         config = Config.from_recipe(options.recipe, **overrides)
         folder = RunFolder(options.run or free_run_folder(Path(options.recipe).stem))
@@ -79,9 +86,10 @@ def run(arguments: list[str]) -> int:
 
     self_play(config, folder.folder, resume=bool(options.resume), take_over=options.take_over)
 
-    if not is_first:
-        return 0
+    return summarize(folder) if is_first else 0
 
+
+def summarize(folder: RunFolder) -> int:
     from rich.console import Console
 
     from language_self_play.summary import print_summary
