@@ -38,7 +38,7 @@ HIDDEN, HEADS, LAYERS, WINDOW, CONTEXT = 32, 4, 2, 5, 512
 INITIALIZER_RANGE = 0.2
 ARCHITECTURES = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "olmo2"),
-    *("gpt2", "opt"),
+    *("gpt2", "opt", "qwen3_moe"),
 )
 
 
@@ -173,6 +173,15 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
                 config = transformers.Qwen2Config(**tokens, **shape)
             case "qwen3":
                 config = transformers.Qwen3Config(**tokens, **shape, head_dim=hidden // HEADS)
+            case "qwen3_moe":
+                experts = {
+                    "num_experts": 4,
+                    "num_experts_per_tok": 2,
+                    "moe_intermediate_size": hidden,
+                }
+                config = transformers.Qwen3MoeConfig(
+                    **tokens, **shape, head_dim=hidden // HEADS, **experts
+                )
             case "mistral":
                 config = transformers.MistralConfig(**tokens, **shape, sliding_window=WINDOW)
             case "phi3":

@@ -243,13 +243,20 @@ def logprobs_of_states(
     )
 
 
+@dataclass
+class _DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """With whatever any architecture hands on from its decoder: mixtures of experts their routers'."""
+
+    router_logits: None = None
+
+
 def _head(model: PreTrainedModel, states_MH: Tensor) -> Tensor:
     """Logits (M, V) of hidden states (M, H), with whatever scale or cap the model puts on them.
 
     The model's own forward pass is run with a decoder that returns `states_MH`: each architecture
     treats its logits in its own way after the decoder.
     """
-    output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states_MH[None])  # type: ignore[arg-type]
+    output = _DecoderOutput(last_hidden_state=states_MH[None])  # type: ignore[arg-type]
     with _replaced_forward(model.get_decoder(), output):
         return model(input_ids=None, use_cache=False).logits[0]
 

@@ -222,7 +222,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _on_fake_tensors(func, args, kwargs or {})
         tree_map_only(Tensor, self._count, result)
         return result
 
@@ -254,7 +254,16 @@ class _FullBatch(TorchDispatchMode):
         asked = func is torch.ops.aten._local_scalar_dense.default
         if asked and isinstance(args[0], FakeTensor) and args[0].dtype == torch.bool:
             return True
-        return func(*args, **(kwargs or {}))
+        return _on_fake_tensors(func, args, kwargs or {})
+
+
+def _on_fake_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """`func`'s result. Of experts' products torch knows the shape in bfloat16 alone."""
+    if func is not torch.ops.aten._grouped_mm.default or args[0].dtype == torch.bfloat16:
+        return func(*args, **kwargs)
+    left, right, *rest = args
+    shaped = func(left.to(torch.bfloat16), right.to(torch.bfloat16), *rest, **kwargs)
+    return shaped.to(left.dtype)
 
 
 @contextmanager

@@ -209,10 +209,13 @@ class Policy:
         weights = self._base_weights()
         for name, layer in self.model.named_modules():
             if isinstance(layer, LoraLayer):
-                weight = weights[f"{name}.weight"]
+                # Of experts the adapted weight is a parameter, of linear layers `weight`.
+                parameter = getattr(layer, "parameter_name", "weight")
+                key = f"{name}.".replace(BASE_LAYER, "") + parameter
+                weight = weights[key]
                 change: Tensor = layer.get_delta_weight("default")  # type: ignore[attr-defined]
                 merged = weight.float() + change.float()
-                weights[f"{name}.weight"] = merged.to("cpu", weight.dtype)
+                weights[key] = merged.to("cpu", weight.dtype)
         return weights
 
 
@@ -277,6 +280,8 @@ def add_adapter(model: PreTrainedModel, path: str, settings: Lora, seed: int) ->
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")  # refused below
+        # peft 0.21's own, of experts, whose weights are parameters and no modules.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
         torch.manual_seed(seed)
         try:
             adapter = peft.get_peft_model(model, lora)
