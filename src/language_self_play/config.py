@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import pydantic
 import tomli_w
@@ -379,6 +380,19 @@ class Learner(Section):
 class Vllm(Section):
     """The vLLM engine; docs/vllm.md says how it is installed and what it was tested with."""
 
+    server: Name | None = Field(
+        None,
+        description="Address of a server that `lsp vllm-serve` has started, such as http://host:8000; unset,"
+        " each rank of the run starts an engine of its own.",
+    )
+    api_key_env: Name = Field(
+        "VLLM_API_KEY",
+        description="Environment variable that holds the server's key; the key itself is never written.",
+    )
+    server_wait_s: NonNegativeFloat = Field(
+        300.0,
+        description="Seconds that a server which goes away while the run plays is waited for, once a step.",
+    )
     python: Name | None = Field(
         None, description="The Python that has vLLM; unset, the one that plays the run."
     )
@@ -682,6 +696,21 @@ class Config(Section):
         return self
 
     def _agree_with_vllm(self) -> None:
+        vllm = self.rollout.vllm
+        if vllm.server is not None:
+            _check_address(vllm.server)
+            ours = {
+                "python": vllm.python is not None,
+                "devices": vllm.devices is not None,
+                "tensor_parallel": vllm.tensor_parallel > 1,
+                "kv_cache_gib": vllm.kv_cache_gib is not None,
+                "eager": vllm.eager is not None,
+            }
+            if given := [name for name, is_given in ours.items() if is_given]:
+                raise ValueError(
+                    f"rollout.vllm.{given[0]}: is for an engine that the run starts, and rollout.vllm.server"
+                    f" = {vllm.server!r} runs already; give it to `lsp vllm-serve`, and leave it out here"
+                )
         sampled: dict[str, Sampling | SelfReward] = {"solver": self.solver}
         if self.algorithm != "grpo":
             sampled["challenger"] = self.challenger
@@ -757,6 +786,24 @@ class Config(Section):
         if self.algorithm != "grpo":
             betas.append(self.challenger.beta)
         return any(betas) or self.algorithm == "lsp"
+
+
+def _check_address(address: str) -> None:
+    try:
+        parts = urlsplit(address)
+        host = parts.hostname if parts.port != 0 else None  # reading the port checks it
+    except ValueError:
+        parts, host = urlsplit(""), None
+    if parts.username is not None:
+        raise ValueError(
+            "rollout.vllm.server: holds a user name or password, which would be written to the run's"
+            " config.toml; give the key in the environment, by api_key_env"
+        )
+    if parts.scheme not in ("http", "https") or not host or parts.path.strip("/") or parts.query:
+        raise ValueError(
+            f"rollout.vllm.server = {address!r}: must be an address without a path, such as"
+            " http://host:8000"
+        )
 
 
 def as_list(value: Texts) -> list[str]:

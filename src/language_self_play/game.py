@@ -48,6 +48,7 @@ from language_self_play.run_folder import Record, RunFolder
 from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
 from language_self_play.sampling.vllm import VllmSampler, check_vllm
+from language_self_play.sampling.vllm_server import check_server
 from language_self_play.signals import Stops
 from language_self_play.types import Group, Posed, Solved
 
@@ -327,7 +328,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Game:
     )
     write = None
     if config.rollout.engine == "vllm":
-        sampler = served = VllmSampler(policy, config)
+        sampler = served = VllmSampler(policy, config, ranks)
         # With LoRA the engine's base is the reference; else it holds none, and the policy's copy judges.
         write = served.sample_reference if policy.adapter is not None else None
     judge = build_judge(config, policy, write, ranks) if config.algorithm == "lsp" else None
@@ -358,12 +359,7 @@ def check_without_weights(
     device = device_of_rank(choose_device(config.device), ranks.place)
     resolve_model(config.policy.path)  # before any hub is asked about a reward's model
     if config.rollout.engine == "vllm":
-        if ranks.size > 1:
-            raise ConfigError(
-                f'rollout.engine = "vllm": {ranks.size} ranks sample each its share, in their own'
-                ' processes, which the engine does not do; use "transformers", or one process'
-            )
-        check_vllm(config)
+        check_engine(config, device)
     reward = build_reward(config)
     held_out = arena.is_held_out_query if plays_in_arena(config) else lambda query: False
     questions = load_queries(config.data, held_out) if config.algorithm == "grpo" else []
@@ -387,6 +383,16 @@ def check_without_weights(
     for exam in exams:
         exam.prompts(chat, context, config.solver.system_prompt)
     return device, reward, questions, exams
+
+
+def check_engine(config: Config, device: torch.device) -> None:
+    """Raises ConfigError unless there is a vLLM that can play this run, here or at its server."""
+    if config.rollout.vllm.server is None:
+        check_vllm(config)
+        return
+    model = load_model_config(config.policy.path, config.policy.trust_remote_code)
+    dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
+    check_server(config, dtype, model.to_dict(), context_length(model))
 
 
 def check_queries(questions: list[Question], config: Config, chat: Chat, context: int) -> None:

@@ -2,7 +2,8 @@
 
 Token ids go there and come back with their log-probs, as JSON lines over pipes (vllm_worker.py). The
 policy's weights follow as safetensors in shared memory, at each `sync`; with LoRA the adapter alone, and
-the engine without it is the reference. docs/vllm.md says why it is built so.
+the engine without it is the reference. A server takes the engine's place where one is named
+(vllm_server.py). docs/vllm.md says why it is built so.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import select
 import shutil
 import signal
@@ -17,21 +19,27 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from language_self_play.config import Config, Sampling
+from language_self_play.config import Config, Sampling, Vllm
+from language_self_play.distributed import ALONE, Place, Ranks
 from language_self_play.errors import ConfigError, InputFileError, ServiceError
 from language_self_play.policy import Policy
 from language_self_play.pretrained import UNBOUNDED_CONTEXT, context_length, vocabulary_size
 from language_self_play.randomness import stream_key
+from language_self_play.sampling.vllm_server import EngineDied, VllmServer
 from language_self_play.types import Completion, FinishReason, Group, Role
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
+# What the worker and `lsp vllm-serve` both import, without anything else of ours.
+IN_SERVER = Path(__file__).with_name("in_server")
+# How torchrun tells our processes of each other; the engine must not take itself for one of them.
+OF_RANKS = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 TESTED = "0.32"
 SHARED_MEMORY = Path("/dev/shm")
 # vLLM adds a completion's number to its request's seed; torch's generators take 63 bits.
@@ -48,8 +56,8 @@ print(found[0] if found else "unknown")
 """
 
 
-class EngineDied(Exception):
-    """The engine's process ended, or raised; the message is what it said last."""
+# Asked of an engine; the reply is never empty.
+Work = Callable[[Any], dict[str, Any]]
 
 
 class VllmSampler:
@@ -57,9 +65,11 @@ class VllmSampler:
 
     The draws are functions of (seed, step, role, group, completion), given the same engine: vLLM draws
     each completion by a generator of its own, seeded with the group's key plus the completion's number.
+    Of several ranks each asks for its share, an engine of its own or all of them one server; all get all.
     """
 
-    def __init__(self, policy: Policy, config: Config):
+    def __init__(self, policy: Policy, config: Config, ranks: Ranks = ALONE):
+        self.ranks = ranks
         self.policy = policy
         self.chat = policy.chat
         self.config = config
@@ -70,7 +80,8 @@ class VllmSampler:
         self.step = 0
         self.version = -1
         self.trouble: list[str] = []
-        self._engine: EngineProcess | None = None
+        self._run = ""  # the name of this start of the run, to a server
+        self._engine: EngineProcess | VllmServer | None = None
         self._restarted = False  # in this step
 
     def sync(self, model: PreTrainedModel, step: int) -> None:
@@ -78,17 +89,19 @@ class VllmSampler:
 
         Raises ConfigError if it can't be started, ServiceError if it died twice in this step.
         """
-        assert model is self.policy.model, "the engine follows one policy"
+        assert model is self.policy.whole, "the engine follows one policy"
         self.step, self._restarted = step, False
-        if self._engine is None:
-            try:
-                self._start()
-            except EngineDied as error:
-                raise ConfigError(
-                    f"rollout.vllm: the engine did not start: {error}; see docs/vllm.md"
-                ) from None
-        else:
+        if self._engine is not None:
             self._with_restart(self._send_weights)
+            return
+        if self.settings.server is not None:
+            self._run = self.ranks.once(lambda: secrets.token_hex(4))
+        _, died = self._try(lambda engine: self._start())
+        if died is not None:
+            where = "rollout.vllm: the engine did not start"
+            if self.settings.server is not None:
+                where = f"rollout.vllm.server = {self.settings.server!r}"
+            raise _agreed(ConfigError(f"{where}: {died}; see docs/vllm.md"))
 
     def sample(
         self, prompts: list[list[int]], n: int, role: Role, settings: Sampling, max_tokens: int
@@ -108,7 +121,7 @@ class VllmSampler:
 
     def rest(self) -> None:
         """Give the engine's GPU memory to the learning step, until the next `sync`."""
-        if self.settings.sleep and self._engine is not None:
+        if isinstance(self._engine, EngineProcess) and self.settings.sleep:
             self._with_restart(lambda engine: engine.ask({"do": "sleep"}))
 
     def close(self) -> None:
@@ -128,25 +141,34 @@ class VllmSampler:
         if not prompts:
             return []
         key = stream_key(self.config.seed, self.step, role)
+        groups, completions = self.ranks.share_of_completions(len(prompts), n)
+        own, n_own = prompts[groups.start : groups.stop], len(completions)
         request = {
             "do": "sample",
-            "prompts": prompts,
-            "n": n,
-            "limits": [min(max_tokens, self.context_length - len(p)) for p in prompts],
-            "seeds": [stream_key(key, g) >> (64 - SEED_BITS) for g in range(len(prompts))],
+            "prompts": own,
+            "n": n_own,
+            "limits": [min(max_tokens, self.context_length - len(p)) for p in own],
+            # Of the first completion that is asked for here; vLLM adds the number of each behind it.
+            "seeds": [(stream_key(key, g) >> (64 - SEED_BITS)) + completions.start for g in groups],
             "temperature": settings.temperature,
             "stops": self.stops,
             "base": base,
         }
-        reply = self._with_restart(lambda engine: engine.ask(request))
-        self.version = reply["version"]
+        nothing = {"version": -1, "groups": []}
+        reply = self._with_restart(
+            lambda engine: engine.ask(request) if own and n_own else nothing
+        )
+        self.version = self.ranks.most(reply["version"])
         drawn = [completion for group in reply["groups"] for completion in group]
         texts = self.chat.decode([self._without_stop(tokens) for tokens, _ in drawn])
         played = [
             Completion(tokens, text, logprobs, self._finish_reason(tokens))
             for text, (tokens, logprobs) in zip(texts, drawn, strict=True)
         ]
-        return [Group(p, played[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
+        drawn_here = [
+            Group(p, played[i * n_own : (i + 1) * n_own]) for i, p in enumerate(own) if n_own
+        ]
+        return self.ranks.join(prompts, n, drawn_here)
 
     @property
     def stops(self) -> list[int]:
@@ -161,34 +183,50 @@ class VllmSampler:
 
     # ---------------------------------------------------------------- the engine's life
 
-    def _with_restart(self, work: Callable[[EngineProcess], dict[str, Any]]) -> dict[str, Any]:
-        """`work`, once more with a new engine if the first dies; at most one new engine a step."""
+    def _with_restart(self, work: Work) -> dict[str, Any]:
+        """`work` by every rank, once more where an engine died; at most one new engine a rank and step."""
         assert self._engine is not None, "sync comes first"
-        try:
-            return work(self._engine)
-        except EngineDied as error:
-            died = str(error)
+        reply, died = self._try(work)
+        if died is None:
+            return reply
+        name = f"the vLLM {'engine' if self.settings.server is None else 'server'}"
         if self._restarted:
-            raise ServiceError(f"the vLLM engine died twice in step {self.step}: {died}")
+            raise _agreed(ServiceError(f"{name} died twice in step {self.step}: {died}"))
         self._restarted = True
-        reason = f"step {self.step}: the vLLM engine died and was started again: {died}"
+        again = "was started again" if self.settings.server is None else "was asked again"
+        reason = f"step {self.step}: {name} died and {again}: {died}"
         self.trouble.append(reason)
         warnings.warn(reason, stacklevel=4)
-        self.close()
-        try:
-            self._start()
-            assert self._engine is not None
-            return work(self._engine)
-        except EngineDied as error:
-            raise ServiceError(
-                f"the vLLM engine died in step {self.step} ({died}), and once more: {error}"
-            ) from None
+        # A server that has died has lost the weights for all ranks, also for those that had their reply.
+        if self.settings.server is not None or not reply:
+            self.close()
+        _, died_again = self._try(lambda engine: self._start() if engine is None else {})
+        if died_again is None:
+            kept = reply
+            reply, died_again = self._try(lambda engine: kept or work(engine))
+        if died_again is not None:
+            raise _agreed(
+                ServiceError(f"{name} died in step {self.step} ({died}), and once more: {died_again}")
+            )
+        return reply
 
-    def _start(self) -> None:
+    def _try(self, work: Work) -> tuple[dict[str, Any], str | None]:
+        """(What `work` returned, or nothing; what the first rank's engine that died said)."""
+        reply, died = {}, ""
+        try:
+            reply = work(self._engine)
+        except EngineDied as error:
+            died = str(error) or "without a word"
+        said = [rank.decode() for rank in self.ranks.gather(died.encode())]
+        return reply, next(filter(None, said), None)
+
+    def _start(self) -> dict[str, Any]:
         """A new engine with the policy's current weights. Raises EngineDied."""
+        if self.settings.server is not None:
+            return self._start_with_server()
         settings, device = self.settings, self.policy.device
         engine: dict[str, Any] = {
-            "dtype": str(self.policy.model.dtype).removeprefix("torch."),
+            "dtype": str(self.policy.whole.dtype).removeprefix("torch."),
             "seed": 0,  # each request has its own
             "max_num_seqs": self.batch_size,
             "tensor_parallel_size": settings.tensor_parallel,
@@ -202,7 +240,7 @@ class VllmSampler:
             engine["gpu_memory_utilization"] = settings.memory_fraction
             engine["enable_sleep_mode"] = settings.sleep
         lora = self.config.policy.lora
-        self._engine = EngineProcess(self.config, on_cpu=device.type == "cpu")
+        self._engine = EngineProcess(self.config, device.type == "cpu", self.ranks.place)
         try:
             with _Transfer(self.config) as folder:
                 self.policy.save_weights(folder, with_adapter=False)
@@ -220,8 +258,28 @@ class VllmSampler:
         except BaseException:
             self.close()
             raise
+        return {"version": self.step}
 
-    def _send_weights(self, engine: EngineProcess) -> dict[str, Any]:
+    def _start_with_server(self) -> dict[str, Any]:
+        """The server, held by the first rank and with the policy's current weights. Raises EngineDied."""
+        self._engine = server = VllmServer(self.config, self._run)
+        try:
+            server.wait()
+            if self.ranks.is_first:
+                with _Transfer(self.config) as folder:
+                    self.policy.save_weights(folder, with_adapter=False)
+                    server.ask({"do": "start", "folder": str(folder), "version": self.step})
+            if self.policy.adapter is not None or not self.ranks.is_first:
+                self._send_weights(server)
+        except BaseException:
+            self.close()
+            raise
+        return {"version": self.step}
+
+    def _send_weights(self, engine: EngineProcess | VllmServer) -> dict[str, Any]:
+        if isinstance(engine, VllmServer) and not self.ranks.is_first:
+            engine.at(self.step)
+            return {"version": self.step}
         with _Transfer(self.config) as folder:
             if self.policy.adapter is not None:
                 self.policy.save_adapter(folder)
@@ -235,24 +293,27 @@ class VllmSampler:
 class EngineProcess:
     """vllm_worker.py in its own Python, session and group. Ends with us: its stdin closes."""
 
-    def __init__(self, config: Config, on_cpu: bool):
+    def __init__(self, config: Config, on_cpu: bool, place: Place = ALONE.place):
         settings = config.rollout.vllm
         self.timeout_s = settings.timeout_s
         self.errors = tempfile.TemporaryFile("w+b")  # noqa: SIM115  it lives as long as the process
         # vLLM numbers its threads itself; PYTHONPATH is that of our Python.
         ours = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONPATH", "PYTHONHOME")
-        environment = {k: v for k, v in os.environ.items() if k not in ours}
+        environment = {
+            k: v for k, v in os.environ.items() if k not in ours and not OF_RANKS.fullmatch(k)
+        }
         environment |= {
+            "PYTHONPATH": str(IN_SERVER),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",  # all it needs is in the folder
         }
         if on_cpu:
-            cores = sorted(os.sched_getaffinity(0))[: config.threads]
+            cores = cores_of_rank(sorted(os.sched_getaffinity(0)), config.threads, place)
             environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-        if settings.devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = settings.devices
+        elif (devices := devices_of_rank(settings, os.environ, place)) is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = devices
         self.process = subprocess.Popen(
             # -P: else `import vllm` would find the file beside the worker.
             [settings.python or sys.executable, "-P", WORKER],
@@ -308,6 +369,42 @@ class EngineProcess:
             assert stream is not None
             with suppress(BrokenPipeError):
                 stream.close()
+
+
+def cores_of_rank(cores: list[int], threads: int | None, place: Place) -> list[int]:
+    """Those of a host's cores on which the engine of one of its ranks computes: others' where there are few."""
+    if place.local_size == 1:
+        return cores[:threads]
+    count = min(threads or 1, len(cores))
+    first = place.local_rank * count
+    return [cores[(first + i) % len(cores)] for i in range(count)]
+
+
+def devices_of_rank(settings: Vllm, environment: Mapping[str, str], place: Place) -> str | None:
+    """The CUDA_VISIBLE_DEVICES of a rank's engine; None for what the rank itself sees.
+
+    `devices` are dealt out to the ranks of a host in order; unset, each engine has its rank's GPU. Raises
+    ConfigError for a number of GPUs that can't be shared out.
+    """
+    if place.local_size == 1:
+        return settings.devices
+    if settings.devices is None:
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        return str(place.local_rank) if visible is None else visible.split(",")[place.local_rank]
+    devices = settings.devices.split(",")
+    each, left = divmod(len(devices), place.local_size)
+    if each == 0 or left:
+        raise ConfigError(
+            f"rollout.vllm.devices = {settings.devices!r}: can't be dealt out to {place.local_size} ranks"
+            " of a host; name as many for each, or one server for all (rollout.vllm.server)"
+        )
+    return ",".join(devices[place.local_rank * each : (place.local_rank + 1) * each])
+
+
+def _agreed(error: ConfigError | ServiceError) -> ConfigError | ServiceError:
+    """An error that all ranks raise."""
+    error.agreed = True
+    return error
 
 
 class _Transfer:

@@ -1,6 +1,7 @@
 """vLLM in a process of its own, asked over stdin: one JSON line in, one out. See vllm.py.
 
-This file is run by the Python that has vLLM, which need not have this package: it imports nothing of ours.
+This file is run by the Python that has vLLM, which need not have this package: of ours it imports nothing but
+in_server/lsp_vllm.py, which is alike.
 
     {"do": "start", …}                                      ->  {"version": s}
     {"do": "load", "folder": F, "version": s}               ->  {"version": s}   all weights, in place
@@ -49,6 +50,8 @@ class Engine:
         self.asleep = False
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
+        from lsp_vllm import pack_tied_weights
+
         self._wake()
         folder = request["folder"]
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
@@ -123,15 +126,6 @@ class Engine:
     def _is_now(self, request: dict[str, Any]) -> dict[str, Any]:
         self.version = request["version"]
         return {"version": self.version}
-
-
-def pack_tied_weights(model: Any) -> None:
-    """Pack again what CPU kernels have packed of weights that vLLM did not see being reloaded."""
-    for layer in model.modules():
-        weight = getattr(layer, "weight", None)
-        # Other layers keep nothing but the packed form, and were packed when they were reloaded.
-        if hasattr(layer, "cpu_linear") and weight is not None and weight.numel():
-            layer.quant_method.process_weights_after_loading(layer)
 
 
 def main() -> None:
