@@ -31,6 +31,10 @@ COMMANDS = {
     "eval": ("language_self_play.cli.evaluate", "measure a model: accuracy, win rate, AlpacaEval"),
     "play": ("language_self_play.cli.play", "watch a model play both roles, or play against it"),
     "push": ("language_self_play.cli.push", "upload a trained model to the Hugging Face hub"),
+    "vllm-serve": (
+        "language_self_play.cli.vllm_serve",
+        "serve a model with vLLM, for runs to sample",
+    ),
     "recipes": ("language_self_play.cli.recipes", "list, show and copy the shipped recipes"),
     "config": ("language_self_play.cli.config", "every setting with type, default and meaning"),
 }
@@ -141,7 +145,7 @@ def _speaks(error: LspError) -> bool:
 def _run(arguments: list[str]) -> int:
     if arguments and arguments[0] in COMMANDS:
         return import_module(COMMANDS[arguments[0]][0]).run(arguments[1:])
-    listing = "\n".join(f"  {name:<10}{line}" for name, (_, line) in COMMANDS.items())
+    listing = "\n".join(f"  {name:<13}{line}" for name, (_, line) in COMMANDS.items())
     parser = Parser(
         prog="lsp",
         description="Language Self-Play: improve a language model without training data.",

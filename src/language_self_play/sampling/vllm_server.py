@@ -206,7 +206,9 @@ class VllmServer:
         pool = ThreadPoolExecutor(max(1, min(len(places), self.batch_size // at_once)))
         try:
             for place, drawn in zip(
-                places, pool.map(lambda place: self._completions(request, place), places), strict=True
+                places,
+                pool.map(lambda place: self._completions(request, place), places),
+                strict=True,
             ):
                 groups[place.group] += drawn
         except BaseException:
@@ -280,9 +282,7 @@ class VllmServer:
             response = connection.getresponse()
             status, said = response.status, response.read()
         except TimeoutError:
-            raise EngineDied(
-                f"no reply in {self.timeout_s:g} s (rollout.vllm.timeout_s)"
-            ) from None
+            raise EngineDied(f"no reply in {self.timeout_s:g} s (rollout.vllm.timeout_s)") from None
         except (OSError, http.client.HTTPException) as error:
             raise ServerAway(_in_words(error)) from None
         finally:

@@ -235,9 +235,7 @@ class UploadedWeights(WeightTransferEngine):
 
     def receive_weights(self, update_info: Upload) -> None:
         """Load them. Raises ValueError if some are missing; shapes that don't fit raise, too."""
-        expected = {
-            name.replace(".base_layer.", ".") for name, _ in self.model.named_parameters()
-        }
+        expected = {name.replace(".base_layer.", ".") for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
         try:
             loaded = self.model.load_weights(tensors(Path(update_info.folder)))

