@@ -597,12 +597,6 @@ def test_settings_name_the_kind_of_gpu_where_each_rank_has_one(monkeypatch, tmp_
     assert named == ["cuda", "cuda:1", "cuda", "cuda"]
 
 
-def test_vllm_is_refused_on_several_ranks_before_anything_loads():
-    config = Config.from_table(merge(GAME, {"rollout": {"engine": "vllm"}}))
-    with pytest.raises(ConfigError, match=r'^rollout\.engine = "vllm": 2 ranks sample'):
-        game.check_without_weights(config, rank(0, 2))
-
-
 def test_what_tokens_say_is_summed_over_ranks_before_it_is_a_mean(tiny_llama, endless_chat):
     class WithOther(Ranks):
         """Another rank has 6 tokens, 4 of them at the cap, with 0.7 nats between samplers."""

@@ -39,6 +39,7 @@ ROOMS = [
             "cli.config",
             "cli.overrides",
             "cli.push",
+            "cli.vllm_serve",
         ],
     ),
     ("what a run would take", ["plan", "memory"]),
@@ -78,7 +79,13 @@ ROOMS = [
             "rewards.verifier",
         ],
     ),
-    ("sampling", ["sampling", "sampling.transformers", "sampling.vllm", "sampling.vllm_worker"]),
+    (
+        "sampling",
+        [
+            *["sampling", "sampling.transformers", "sampling.vllm", "sampling.vllm_worker"],
+            *["sampling.vllm_server", "sampling.vllm_python", "sampling.in_server.lsp_vllm"],
+        ],
+    ),
     ("learning", ["learner", "optimizer", "policy", "chat", "sharding"]),
     (
         "passes of the model",
@@ -130,6 +137,7 @@ BESIDE = {
     "cli.recipes": {"cli"},
     "cli.config": {"cli"},
     "cli.push": {"cli"},
+    "cli.vllm_serve": {"cli"},
     "evaluate.outputs": {"evaluate", "evaluate.win_rate"},
     "evaluate.pair_judges": {"evaluate", "evaluate.outputs", "evaluate.win_rate"},
     "evaluate.pair_report": {
@@ -157,7 +165,9 @@ BESIDE = {
     "rewards.self_reward": {"rewards"},
     "rewards.verifier": {"rewards", "rewards.mathematics", "rewards.sandbox"},
     "sampling.transformers": {"sampling"},
-    "sampling.vllm": {"sampling"},
+    "sampling.vllm": {"sampling", "sampling.vllm_server", "sampling.vllm_python"},
+    "sampling.vllm_server": {"sampling"},
+    "sampling.vllm_python": {"sampling"},
     "decoding": {"lean_decoder", "prefill", "shared_prompt"},
     "lean_decoder": {"linear", "shared_prompt"},
     "forward": {"decoding", "lean_decoder", "prefill", "shared_prompt", "packed_prompt"},
@@ -192,10 +202,11 @@ LIBRARIES = {
         "progress",
         "summary",
     },
-    "safetensors": {"checkpoint", "policy", "shard_files"},
+    "safetensors": {"checkpoint", "policy", "shard_files", "sampling.in_server.lsp_vllm"},
     "huggingface_hub": {"publish", "evaluate.outputs"},
     "peft": {"policy"},
-    "vllm": {"sampling.vllm_worker"},
+    "vllm": {"sampling.vllm_worker", "sampling.in_server.lsp_vllm"},
+    "lsp_vllm": {"sampling.vllm_worker"},  # our own file, as the Python that has vLLM finds it
     "tokenizers": {"arena.tiny_model"},
     "transformers": {
         "chat",
@@ -246,6 +257,7 @@ LIBRARIES = {
         "rewards.reward_model",
         "rewards.self_reward",
         "sampling.transformers",
+        "sampling.in_server.lsp_vllm",
         "shard_files",
         "sharding",
         "shared_prompt",
@@ -258,6 +270,7 @@ LIGHT = [
     *["cli", "cli.evaluate", "cli.eval_accuracy"],
     *["cli.eval_alpaca", "cli.eval_pairs", "cli.eval_win_rate"],
     *["evaluate.win_rate", "evaluate.length_control", "evaluate.outputs", "evaluate.pair_report"],
+    *["cli.vllm_serve", "sampling.vllm_python", "sampling.vllm_server"],
     *["cli.train", "cli.play", "cli.recipes", "cli.config", "cli.overrides"],
     *["config", "errors", "types", "prompts", "run_folder", "progress", "summary", "stopwatch"],
     *[
@@ -373,9 +386,15 @@ def test_training_does_not_know_the_command():
 
 
 def test_sampling_backends_do_not_import_each_other():
-    backends = {module for module in MODULES if module.startswith("sampling.")}
-    for backend in backends:
-        assert of_ours(backend) & backends == set()
+    modules = {module for module in MODULES if module.startswith("sampling.")}
+    vllm = {module for module in modules if "vllm" in module}
+    assert modules - vllm == {"sampling.transformers"}
+    assert of_ours("sampling.transformers") & modules == set()
+    for module in vllm:
+        assert "sampling.transformers" not in of_ours(module)
+    # What the Python that has vLLM imports is alone.
+    for module in ("sampling.vllm_worker", "sampling.in_server.lsp_vllm"):
+        assert of_ours(module) == set()
 
 
 @pytest.mark.parametrize("module", MODULES)

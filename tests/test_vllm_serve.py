@@ -18,24 +18,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_vllm import (
-    CONTEXT,
-    GREEDY,
-    HIDDEN,
-    PROMPTS,
-    assert_is_the_policy,
-    calm,
-    events,
-    logprobs_of,
-    tokens_of,
-    update,
-)
+from safetensors.torch import load_file, save_file
 
 from language_self_play import Config, self_play
 from language_self_play.chat import Chat
@@ -45,10 +34,24 @@ from language_self_play.config import Sampling
 from language_self_play.distributed import Place
 from language_self_play.errors import ConfigError, Paused, ServiceError
 from language_self_play.policy import Policy
+from language_self_play.pretrained import resolve_model
 from language_self_play.recipe_files import load_recipe, merge
 from language_self_play.run_folder import RunFolder
-from language_self_play.sampling.vllm import VllmSampler, cores_of_rank, devices_of_rank
+from language_self_play.sampling import vllm_server
+from language_self_play.sampling.vllm import OF_RANKS, VllmSampler, cores_of_rank, devices_of_rank
 from language_self_play.sampling.vllm_server import EngineDied, VllmServer, about, check_server
+from test_distributed import PLAYS, start
+from test_vllm import (
+    CONTEXT,
+    HIDDEN,
+    PROMPTS,
+    assert_is_the_policy,
+    calm,
+    events,
+    logprobs_of,
+    tokens_of,
+    update,
+)
 
 slow = pytest.mark.slow
 
@@ -143,9 +146,7 @@ def served_llama(llama: Any, folder: Path, vllm_python: str) -> Iterator[Server]
 @pytest.fixture(scope="module")
 def served_arena(folder: Path, vllm_python: str) -> Iterator[Server]:
     """The arena's model, at a server that takes adapters."""
-    with serving(
-        vllm_python, "arena", folder / "arena.log", "--lora-rank", "4", "--max-model-len", "512"
-    ) as server:
+    with serving(vllm_python, "arena", folder / "arena.log", "--lora-rank", "4") as server:
         yield server
 
 
@@ -176,8 +177,8 @@ def wait_until_free(server: Server) -> None:
 
 
 def uploads() -> set[str]:
-    """Where weights lie on their way, at the server or on this side."""
-    return {p.name for p in Path("/dev/shm").glob("lsp-*")}
+    """What lies on its way to the server, on its side or on ours."""
+    return {str(p) for p in Path("/dev/shm").glob("lsp-*/*")}
 
 
 # ---------------------------------------------------------------- the policy's tokens
@@ -239,10 +240,7 @@ def test_weights_that_do_not_fit_are_refused_and_the_next_ones_are_the_policy(
     with pytest.raises(EngineDied, match="it answers 500"):
         server.ask({"do": "load", "folder": str(tmp_path / "narrow"), "version": 7})
     (tmp_path / "part").mkdir()
-    part = {"model.norm.weight": torch.ones(HIDDEN)}
-    from safetensors.torch import save_file
-
-    save_file(part, tmp_path / "part" / "model.safetensors")
+    save_file({"model.norm.weight": torch.ones(HIDDEN)}, tmp_path / "part" / "model.safetensors")
     with pytest.raises(EngineDied, match="weights are missing, such as model.embed_tokens"):
         server.ask({"do": "load", "folder": str(tmp_path / "part"), "version": 7})
     sampler.sync(sampler.policy.model, 8)
@@ -260,26 +258,17 @@ def test_an_update_whose_sender_died_does_not_stand_in_the_way_of_the_next(sampl
 
 
 @slow
-def test_nothing_of_the_weights_stays_behind(
-    llama: Any, endless_chat: Chat, make_config: Callable[..., Config], served_llama: Server
+def test_nothing_of_the_weights_stays_behind_when_a_run_ends(
+    sampler: VllmSampler, served_llama: Server
 ):
-    before = uploads()
-    sampler = VllmSampler(
-        Policy(llama, endless_chat), config_of(make_config, served_llama.address)
-    )
-    sampler.sync(llama, 0)
+    assert uploads() == set()  # on either side
     server = sampler._engine
     assert isinstance(server, VllmServer)
-    server._upload(Path(llama.config._name_or_path or "."), "left")  # nothing there, nothing sent
-    left = Path("/dev/shm") / "x"
-    left.write_bytes(b"x")
-    with left.open("rb") as body:
-        server._request("PUT", "/lsp/weights/left/x.safetensors", body, {"Content-Length": "1"})
-    left.unlink()
-    assert len(uploads() - before) == 1
+    server._request("PUT", "/lsp/weights/left/x.safetensors", b"x")
+    assert len(uploads()) == 1
     sampler.close()
     wait_until_free(served_llama)
-    assert uploads() == before
+    assert uploads() == set()
 
 
 # ---------------------------------------------------------------- who may, and who holds it
@@ -288,21 +277,24 @@ def test_nothing_of_the_weights_stays_behind(
 @slow
 def test_every_route_but_health_asks_for_the_key(served_llama: Server):
     # vLLM's own key does not guard the routes of the second line.
-    asked = [("GET", "/health"), ("GET", "/v1/models"), ("GET", "/lsp/about")]
-    asked += [("POST", "/pause"), ("POST", "/collective_rpc"), ("GET", "/weight_info")]
-    found = {}
-    for key in ("", "wrong", KEY):
-        for method, path in asked:
-            connection = HTTPConnection("127.0.0.1", served_llama.port, timeout=20)
-            if not (key == KEY and method == "POST"):
-                connection.request(method, path, headers={"Authorization": f"Bearer {key}"})
-                found[key, path] = connection.getresponse().status
-            connection.close()
-    assert {path for (key, path), status in found.items() if key != KEY and status == 200} == {
+    routes = ["/health", "/v1/models", "/lsp/about"]
+    routes += ["/weight_info", "/is_paused", "/get_world_size"]
+    found = {
+        (key, path): status(served_llama, path, key) for key in ("", "x", KEY) for path in routes
+    }
+    assert {path for (key, path), code in found.items() if key != KEY and code == 200} == {
         "/health"
     }
-    assert {status for (key, path), status in found.items() if key != KEY} == {200, 401}
-    assert {status for (key, _), status in found.items() if key == KEY} == {200}
+    assert {code for (key, _), code in found.items() if key != KEY} == {200, 401}
+    assert {code for (key, _), code in found.items() if key == KEY} == {200}
+
+
+def status(server: Server, path: str, key: str) -> int:
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
+    code = connection.getresponse().status
+    connection.close()
+    return code
 
 
 @slow
@@ -360,3 +352,414 @@ def test_what_is_under_way_ends_at_once_when_the_run_is_stopped(sampler: VllmSam
         sampler.sample([[1, 20, 21, 2]] * 200, 4, "solver", Sampling(), 500)
     assert time.monotonic() - began < 5
     assert_is_the_policy(sampler, sampler.policy.model, sampler.sample)
+
+
+# ---------------------------------------------------------------- whole runs, on one rank and on several
+
+GAME = {
+    "steps": 3,
+    "device": "cpu",
+    "dtype": "float32",
+    "threads": 1,
+    "challenger": {"num_queries": 5},
+    "solver": {"group_size": 3},
+    "learner": {"lr": 1e-4},
+    "eval": {"tasks": [], "every": 100},
+    "checkpoint": {"every": 2, "keep_last": 9},
+    "rollout": {"engine": "vllm"},
+    "log": {"progress": "none"},
+}
+FSDP = {"distributed": {"parallel": "fsdp"}}
+# The server is the judge too: its base, without the adapter, is the reference.
+LORA = {
+    "policy": {"lora": {"rank": 4}},
+    "self_reward": {"mode": "generate", "max_tokens": 6},
+    "learner": {"lr": 1e-2},
+}
+# Fewer queries than ranks, so that the first rank asks for no answers.
+NARROW = {"challenger": {"num_queries": 2}, "solver": {"group_size": 2}}
+
+
+def game(*tables: dict[str, Any]) -> dict[str, Any]:
+    table = merge(load_recipe("arena"), GAME)
+    for other in tables:
+        table = merge(table, other)
+    return table
+
+
+def at(server: Server) -> dict[str, Any]:
+    return {"rollout": {"vllm": {"server": server.address, "server_wait_s": 60.0}}}
+
+
+def own(python: str) -> dict[str, Any]:
+    return {"rollout": {"vllm": {"python": python, "kv_cache_gib": 0.25}}}
+
+
+def play_on_ranks(
+    folder: Path, ranks: int, tables: list[dict[str, Any]], name: str
+) -> list[RunFolder]:
+    """The runs of `tables`, one after the other in the same processes of torchrun."""
+    runs = [folder / f"{name}-{i}" for i in range(len(tables))]
+    (folder / "plays.py").write_text(PLAYS)
+    played = [(table, str(run), {}) for table, run in zip(tables, runs, strict=True)]
+    (folder / f"{name}.json").write_text(json.dumps(played))
+    process = start(folder, ranks, "--", folder / "plays.py", folder / f"{name}.json")
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    return [RunFolder(run) for run in runs]
+
+
+def texts(run: RunFolder) -> list[Any]:
+    return [
+        (g["version"], g["query"], [(a["text"], a["tokens"]) for a in g["answers"]])
+        for step in range(GAME["steps"])
+        for g in run.games(step)
+    ]
+
+
+def qualities(run: RunFolder) -> list[float]:
+    games = [g for step in range(GAME["steps"]) for g in run.games(step)]
+    return [a["quality"] for g in games for a in g["answers"]]
+
+
+def assert_same_play(one: RunFolder, many: RunFolder) -> None:
+    assert texts(many) == texts(one)
+    assert sorted({version for version, *_ in texts(many)}) == [0, 1, 2]
+    assert qualities(many) == pytest.approx(qualities(one), rel=1e-3)
+    for run in (one, many):
+        for record in list(run.metrics())[: GAME["steps"]]:
+            assert record["sync/logprob_difference"] < LOGPROB_TOLERANCE
+    file = "model.safetensors"
+    expected, found = load_file(one.model_folder / file), load_file(many.model_folder / file)
+    begun = load_file(Path(resolve_model("arena")) / file)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5)
+    assert any((found[name] - begun[name]).abs().max() > 1e-4 for name in begun)
+
+
+@slow
+def test_two_ranks_at_a_server_play_what_one_plays(served_arena: Server, folder: Path):
+    games = [game(at(served_arena), *tables) for tables in ((), (LORA,), (NARROW,))]
+    ones = []
+    for i, table in enumerate(games):
+        ones.append(self_play(Config.from_table(table), folder / f"one-{i}"))
+        wait_until_free(served_arena)
+    many = play_on_ranks(folder, 2, [*games, game(at(served_arena), FSDP)], "many")
+    for one, run in zip([*ones, ones[0]], many, strict=True):
+        assert_same_play(one, run)
+
+
+@slow
+def test_two_ranks_with_an_engine_each_play_what_one_plays(folder: Path, vllm_python: str):
+    one = self_play(Config.from_table(game(own(vllm_python))), folder / "alone")
+    [run] = play_on_ranks(folder, 2, [game(own(vllm_python))], "each")
+    assert_same_play(one, run)
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+@slow
+def test_a_server_that_dies_is_waited_for_and_one_that_stays_away_pauses_the_run(
+    folder: Path, vllm_python: str, monkeypatch: pytest.MonkeyPatch
+):
+    with serving(vllm_python, "arena", folder / "dies.log") as server:
+        config = Config.from_table(game(at(server)))
+        whole = self_play(config, folder / "whole")
+        wait_until_free(server)
+        asked, sample, wait = [0], VllmServer._sample, VllmServer.wait
+
+        def dying(self: VllmServer, request: dict[str, Any]) -> Any:
+            asked[0] += 1
+            if asked[0] in (2, 5):  # the Solver's turns of steps 0 and 1
+                server.end(signal.SIGKILL)
+            if asked[0] == 2:
+                server.start()  # as what watches over it would
+            if asked[0] == 5:
+                monkeypatch.setattr(VllmServer, "wait", impatient)
+            return sample(self, request)
+
+        def impatient(self: VllmServer) -> None:
+            self.wait_s = 0.0
+            wait(self)
+
+        monkeypatch.setattr(VllmServer, "_sample", dying)
+        hit = RunFolder(folder / "hit")
+        with (
+            pytest.warns(UserWarning, match="step 0: the vLLM server died and was asked again"),
+            pytest.raises(
+                Paused,
+                match=r"the vLLM server died in step 1 .*server_wait_s.*; 1 of 3 steps played",
+            ),
+        ):
+            self_play(config, hit.folder)
+        assert [e["event"] for e in events(hit)] == ["started", "engine_restarted", "paused"]
+        monkeypatch.setattr(VllmServer, "_sample", sample)
+        monkeypatch.setattr(VllmServer, "wait", wait)
+        server.start()
+        server.wait()
+        self_play(Config.from_table(game(at(server))), hit.folder, resume=True)
+    assert texts(hit) == texts(whole)
+    file = "model.safetensors"
+    assert (hit.model_folder / file).read_bytes() == (whole.model_folder / file).read_bytes()
+
+
+@slow
+def test_a_server_that_cannot_play_the_run_is_refused_in_a_sentence_before_anything_loads(
+    served_llama: Server,
+    served_arena: Server,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def refused(address: str, *flags: str) -> str:
+        command = ["train", "arena", "--run", str(tmp_path / "run"), "--rollout.engine", "vllm"]
+        assert main([*command, "--rollout.vllm.server", address, *flags]) == 2
+        error = capsys.readouterr().err.strip()
+        assert "\n" not in error
+        assert error.startswith(f"lsp: rollout.vllm.server = {address!r}: ")
+        return error.split(": ", 2)[2]
+
+    llama, arena = served_llama.address, served_arena.address
+    assert "whose hidden_size is 128; policy.path = 'arena' has " in refused(llama)
+    assert refused(arena, "--dtype", "bfloat16").startswith(
+        "computes in float32, and this run in bfloat16; start it with --dtype bfloat16"
+    )
+    assert "takes no adapter of rank 64; start it with --lora-rank 64" in refused(
+        arena, "--policy.lora.rank", "64"
+    )
+    monkeypatch.setenv("VLLM_API_KEY", "wrong")
+    assert refused(arena).startswith(
+        "it answers 401: the key is missing or wrong; VLLM_API_KEY in the environment must hold"
+    )
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        assert refused(nobody).startswith("nothing answers there (Connection refused); start it by")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_answers_but_is_no_server_of_ours_is_told(make_config: Callable[..., Config]):
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            code, body = {"404": (404, b"{}"), "words": (200, b"hello"), "busy": (503, b"later")}[
+                what
+            ]
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        config = config_of(make_config, f"http://127.0.0.1:{server.server_port}")
+        for what, sentence in (  # noqa: B007  the server reads it
+            ("404", "it is no server of `lsp vllm-serve`"),
+            ("words", "it is no server of `lsp vllm-serve`"),
+            ("busy", "it answers 503: later"),
+        ):
+            with pytest.raises(ConfigError, match=re.escape(sentence)):
+                check_server(config, "float32", {}, CONTEXT)
+        server.shutdown()
+
+
+ABOUT = {
+    "held_by": None,
+    "model": "m",
+    "shape": {"hidden_size": 64},
+    "dtype": "float32",
+    "context": 128,
+    "max_num_seqs": 4,
+    "logprobs_mode": "processed_logprobs",
+    "transfer": "lsp",
+    "lora_rank": None,
+    "routes_for_training": True,
+    "api_servers": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ({"context": 127}, "has room for 127 tokens, and this run asks for up to 128"),
+        ({"transfer": None}, "takes no weights"),
+        ({"routes_for_training": False}, "takes no weights"),
+        ({"logprobs_mode": "raw_logprobs"}, "gives raw_logprobs; start it with --logprobs-mode"),
+        ({"api_servers": 2}, "has 2 processes that answer"),
+        ({"held_by": "process 1 on h"}, "is held by another run, process 1 on h"),
+        ({"shape": {"hidden_size": 65}}, "whose hidden_size is 65; policy.path = 'arena' has 64"),
+        ({"shape": {"head_dim": 8}}, None),  # the run's model doesn't say
+        ({}, None),
+    ],
+)
+def test_each_thing_that_a_run_needs_of_a_server_is_looked_at(
+    make_config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    said: dict[str, Any],
+    sentence: str | None,
+):
+    monkeypatch.setattr(vllm_server, "about", lambda address, key: ABOUT | said)
+    config = config_of(make_config, "http://h:8000")
+    if sentence is None:
+        check_server(config, "float32", {"hidden_size": 64}, 128)
+        return
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        check_server(config, "float32", {"hidden_size": 64}, 128)
+
+
+@pytest.mark.parametrize(
+    ("vllm", "sentence"),
+    [
+        ({"server": "host:8000"}, "rollout.vllm.server = 'host:8000': must be an address"),
+        ({"server": "http://h:99999"}, "must be an address without a path"),
+        ({"server": "http://h/v1"}, "must be an address without a path"),
+        ({"server": "ftp://h"}, "must be an address without a path"),
+        ({"server": "http://me:pw@h"}, "holds a user name or password"),
+        ({"server": 8000}, "rollout.vllm.server = 8000: "),
+        (
+            {"server": "http://h", "python": "x"},
+            "rollout.vllm.python: is for an engine that the run",
+        ),
+        ({"server": "http://h", "devices": "0"}, "rollout.vllm.devices: is for an engine that"),
+        ({"server_wait_s": -1.0}, "rollout.vllm.server_wait_s = -1.0"),
+    ],
+)
+def test_settings_of_a_server_that_make_no_sense_are_refused(
+    make_config: Callable[..., Config], vllm: dict[str, Any], sentence: str
+):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        make_config(rollout={"engine": "vllm", "vllm": vllm})
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "the following arguments are required: MODEL"),
+        (["arena", "--port", "0"], "--port 0: must be a number from 1 to 65535"),
+        (["arena", "--port", "x"], "argument --port: invalid int value: 'x'"),
+        (["arena", "--lora-rank", "513"], "--lora-rank 513: must be from 1 to 512"),
+        (["arena", "--max-model-len", "0"], "--max-model-len 0: must be at least 1"),
+        (["arena", "--host", "0.0.0.0"], "whoever reaches this server can change its weights"),
+        (["arena", "--python", "/nowhere"], "--python = '/nowhere': can't be run"),
+        (["", "--python", "/nowhere"], "model is empty"),
+    ],
+)
+def test_what_the_command_can_not_do_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+):
+    monkeypatch.delenv("VLLM_API_KEY")
+    assert main(["vllm-serve", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert sentence in error
+    assert "\n" not in error
+
+
+@pytest.fixture
+def pretended_python(tmp_path: Path) -> str:
+    """A program that says it has vLLM 0.32.0."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 0.32.0\n")
+    python.chmod(0o755)
+    return str(python)
+
+
+@pytest.mark.parametrize("what", ["missing", "file", "empty", "no model", "port"])
+def test_a_model_or_port_that_will_not_do_is_one_sentence(
+    what: str, tmp_path: Path, pretended_python: str, capsys: pytest.CaptureFixture[str]
+):
+    model = tmp_path / "model"
+    expected = {
+        "missing": "no model",
+        "file": "is a file; a model is a folder",
+        "empty": "holds no config.json",
+        "no model": "is a file; a model is a folder",
+        "port": "can't be listened on (Address already in use); choose another",
+    }[what]
+    if what == "empty":
+        model.mkdir()
+    elif what in ("file", "no model"):
+        model.write_text("x" if what == "file" else "")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = ["vllm-serve", "arena" if what == "port" else str(model)]
+        command += ["--python", pretended_python]
+        assert main([*command, *(["--port", port] if what == "port" else ["--port", "18765"])]) == 2
+    error = capsys.readouterr().err.strip()
+    assert what == "missing" or expected in error
+    assert "\n" not in error
+
+
+def test_a_dry_run_shows_the_plain_command_without_the_key(
+    pretended_python: str, capsys: pytest.CaptureFixture[str]
+):
+    command = ["vllm-serve", "arena", "--python", pretended_python, "--lora-rank", "9", "--dry-run"]
+    assert main([*command, "--host", "::", "--", "--tensor-parallel-size", "2"]) == 0
+    said = capsys.readouterr().out
+    assert KEY not in said
+    assert "VLLM_API_KEY=… " in said.replace("'", "")
+    for part in (
+        "VLLM_SERVER_DEV_MODE=1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+        "--host ::",
+        "--logprobs-mode processed_logprobs",
+        "--generation-config vllm",
+        "--max-lora-rank 16",
+        "--tensor-parallel-size 2",
+    ):
+        assert part in said
+
+
+def test_the_key_goes_through_the_environment_alone():
+    command = server_command("p", "m", "0.0.0.0", 8000, key=KEY)
+    assert KEY not in " ".join(command.arguments)
+    assert command.environment["VLLM_API_KEY"] == KEY
+
+
+# ---------------------------------------------------------------- what ranks share
+
+
+def test_engines_of_a_host_share_its_cores():
+    def cores(count: int, threads: int | None, rank: int, ranks: int) -> list[int]:
+        return cores_of_rank(list(range(count)), threads, Place(rank, ranks, rank, ranks))
+
+    assert cores(8, 3, 0, 1) == [0, 1, 2]
+    assert [cores(8, 3, r, 2) for r in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    # 3 ranks on 2 cores: the third begins again.
+    assert [cores(2, 1, r, 3) for r in range(3)] == [[0], [1], [0]]
+
+
+def test_engines_of_a_host_share_its_gpus():
+    def devices(named: str | None, visible: dict[str, str], rank: int, ranks: int) -> str | None:
+        settings = Config.from_table(
+            game({"rollout": {"vllm": {"devices": named}}} if named else {})
+        )
+        return devices_of_rank(settings.rollout.vllm, visible, Place(rank, ranks, rank, ranks))
+
+    assert devices(None, {}, 0, 1) is None
+    assert devices("2,3", {}, 0, 1) == "2,3"
+    assert [devices(None, {}, r, 2) for r in range(2)] == ["0", "1"]
+    assert [devices(None, {"CUDA_VISIBLE_DEVICES": "6,7"}, r, 2) for r in range(2)] == ["6", "7"]
+    assert [devices("4,5,6,7", {}, r, 2) for r in range(2)] == ["4,5", "6,7"]
+    for named in ("4,5,6", "4"):
+        with pytest.raises(ConfigError, match="can't be dealt out to 2 ranks"):
+            devices(named, {}, 0, 2)
+
+
+def test_an_engine_does_not_take_itself_for_a_rank_of_the_run():
+    of_torchrun = [
+        f"{a}{b}" for a in ("", "LOCAL_", "GROUP_", "ROLE_") for b in ("RANK", "WORLD_SIZE")
+    ]
+    of_torchrun += ["ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"]
+    assert all(OF_RANKS.fullmatch(name) for name in of_torchrun)
+    assert not any(map(OF_RANKS.fullmatch, ("NAME", "PATH", "RANKS", "MASTER", "MY_RANK")))
