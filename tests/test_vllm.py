@@ -356,6 +356,21 @@ def test_an_engine_that_dies_is_started_again_once_a_step(served: VllmSampler):
         served.sample(PROMPTS, 2, "solver", Sampling(), 8)
 
 
+def test_an_engine_that_dies_while_the_policy_learns_is_started_by_the_next_step(
+    served: VllmSampler,
+):
+    model = served.policy.model
+    served.sync(model, 6)
+    before = tokens_of(served.sample(PROMPTS, 2, "solver", Sampling(), 8))
+    [process] = engine_processes()
+    os.kill(process, signal.SIGKILL)
+    with pytest.warns(UserWarning, match="step 6: the vLLM engine died, and is started again for"):
+        served.rest()
+    assert engine_processes() == []
+    served.sync(model, 6)
+    assert tokens_of(served.sample(PROMPTS, 2, "solver", Sampling(), 8)) == before
+
+
 def test_a_run_whose_engine_dies_again_and_again_pauses_and_resumes_as_if_it_never_had(
     tmp_path: Path, vllm_python: str, monkeypatch: pytest.MonkeyPatch
 ):

@@ -153,12 +153,17 @@ class Policy:
         self.chat.tokenizer.save_pretrained(folder)
 
     def save_weights(self, folder: Path, with_adapter: bool = True) -> None:
-        """Write the model without its tokenizer, an adapter merged or left out."""
+        """Write the model without its tokenizer, an adapter merged or left out; whichever rank asks."""
         if self.sharded is not None:
-            self.whole.save_pretrained(folder)
-            return
-        weights = self._merged_weights() if with_adapter else self._base_weights()
-        self.model.save_pretrained(folder, state_dict=weights)
+            weights = None
+        else:
+            weights = self._merged_weights() if with_adapter else self._base_weights()
+        # transformers would write nothing on other ranks than the first, whatever they are told.
+        self.whole.should_save_on_this_rank = lambda is_main_process: True
+        try:
+            self.whole.save_pretrained(folder, state_dict=weights)
+        finally:
+            del self.whole.should_save_on_this_rank
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter alone, where PEFT finds it. Its base is the stage's initial model."""

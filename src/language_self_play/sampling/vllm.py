@@ -72,6 +72,7 @@ class VllmSampler:
         self.trouble: list[str] = []
         self._run = ""  # the name of this start of the run, to a server
         self._engine: EngineProcess | VllmServer | None = None
+        self._has_begun = False
         self._restarted = False  # in this step
 
     def sync(self, model: PreTrainedModel, step: int) -> None:
@@ -81,8 +82,10 @@ class VllmSampler:
         """
         assert model is self.policy.whole, "the engine follows one policy"
         self.step, self._restarted = step, False
-        if self._engine is not None:
-            self._with_restart(self._send_weights)
+        if self._has_begun:
+            self._with_restart(
+                lambda engine: self._start() if engine is None else self._send_weights(engine)
+            )
             return
         if self.settings.server is not None:
             self._run = self.ranks.once(lambda: secrets.token_hex(4))
@@ -92,6 +95,7 @@ class VllmSampler:
             if self.settings.server is not None:
                 where = f"rollout.vllm.server = {self.settings.server!r}"
             raise _agreed(ConfigError(f"{where}: {died}; see docs/vllm.md"))
+        self._has_begun = True
 
     def sample(
         self, prompts: list[list[int]], n: int, role: Role, settings: Sampling, max_tokens: int
@@ -111,8 +115,11 @@ class VllmSampler:
 
     def rest(self) -> None:
         """Give the engine's GPU memory to the learning step, until the next `sync`."""
-        if isinstance(self._engine, EngineProcess) and self.settings.sleep:
-            self._with_restart(lambda engine: engine.ask({"do": "sleep"}))
+        if self.settings.server is not None or not self.settings.sleep or not self._has_begun:
+            return
+        _, died = self._try(lambda engine: engine.ask({"do": "sleep"}) if engine else {})
+        if died is not None:  # one that has died has no memory, and the next `sync` starts another
+            self._tell(f"the vLLM engine died, and is started again for the next step: {died}")
 
     def close(self) -> None:
         if self._engine is not None:
@@ -173,7 +180,7 @@ class VllmSampler:
 
     def _with_restart(self, work: Work) -> dict[str, Any]:
         """`work` by every rank, once more where an engine died; at most one new engine a rank and step."""
-        assert self._engine is not None, "sync comes first"
+        assert self._has_begun, "sync comes first"
         reply, died = self._try(work)
         if died is None:
             return reply
@@ -182,11 +189,9 @@ class VllmSampler:
             raise _agreed(ServiceError(f"{name} died twice in step {self.step}: {died}"))
         self._restarted = True
         again = "was started again" if self.settings.server is None else "was asked again"
-        reason = f"step {self.step}: {name} died and {again}: {died}"
-        self.trouble.append(reason)
-        warnings.warn(reason, stacklevel=4)
+        self._tell(f"{name} died and {again}: {died}")
         # A server that has died has lost the weights for all ranks, also for those that had their reply.
-        if self.settings.server is not None or not reply:
+        if self.settings.server is not None:
             self.close()
         _, died_again = self._try(lambda engine: self._start() if engine is None else {})
         if died_again is None:
@@ -207,8 +212,14 @@ class VllmSampler:
             reply = work(self._engine)
         except EngineDied as error:
             died = str(error) or "without a word"
+            self.close()
         said = [rank.decode() for rank in self.ranks.gather(died.encode())]
         return reply, next(filter(None, said), None)
+
+    def _tell(self, what: str) -> None:
+        reason = f"step {self.step}: {what}"
+        self.trouble.append(reason)
+        warnings.warn(reason, stacklevel=5)
 
     def _start(self) -> dict[str, Any]:
         """A new engine with the policy's current weights. Raises EngineDied."""

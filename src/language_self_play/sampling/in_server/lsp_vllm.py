@@ -133,8 +133,9 @@ class Gate:
 
     async def _take(self, parts: list[str], receive: Any, send: Any) -> None:
         if self.folder is None:
-            parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-            parent = os.environ.get("LSP_VLLM_UPLOADS") or parent
+            parent = os.environ.get("LSP_VLLM_UPLOADS")
+            if parent is None and SHARED_MEMORY.is_dir():
+                parent = str(SHARED_MEMORY)
             self.folder = Path(tempfile.mkdtemp(prefix="lsp-vllm-", dir=parent))
         upload, name = parts
         folder = self.folder / upload
