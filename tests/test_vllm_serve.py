@@ -26,6 +26,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import test_vllm
 from language_self_play import Config, self_play
 from language_self_play.chat import Chat
 from language_self_play.cli import main
@@ -33,7 +34,7 @@ from language_self_play.cli.vllm_serve import server_command
 from language_self_play.config import Sampling
 from language_self_play.distributed import Place
 from language_self_play.errors import ConfigError, Paused, ServiceError
-from language_self_play.policy import Policy
+from language_self_play.policy import Policy, add_adapter, load_chat_model
 from language_self_play.pretrained import resolve_model
 from language_self_play.recipe_files import load_recipe, merge
 from language_self_play.run_folder import RunFolder
@@ -43,6 +44,7 @@ from language_self_play.sampling.vllm_server import EngineDied, VllmServer, abou
 from test_distributed import PLAYS, start
 from test_vllm import (
     CONTEXT,
+    GREEDY,
     HIDDEN,
     PROMPTS,
     assert_is_the_policy,
@@ -269,6 +271,42 @@ def test_nothing_of_the_weights_stays_behind_when_a_run_ends(
     sampler.close()
     wait_until_free(served_llama)
     assert uploads() == set()
+
+
+@slow
+def test_with_lora_the_adapter_follows_and_the_servers_base_stays_the_reference(
+    served_arena: Server,
+    make_config: Callable[..., Config],
+    endless_chat: Chat,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(
+        test_vllm, "PROMPTS", [[1, 20, 21, 2], [4 + (7 * i) % 90 for i in range(60)]]
+    )
+    config = config_of(make_config, served_arena.address)
+    config = Config.from_table(
+        merge(config.model_dump(exclude_none=True), {"policy": {"lora": {"rank": 4}}})
+    )
+    assert config.policy.lora is not None
+    _, model = load_chat_model(config.policy, torch.device("cpu"))
+    adapter = add_adapter(model, "arena", config.policy.lora, 0)
+    policy = Policy(model, endless_chat, adapter=adapter)
+    sampler = VllmSampler(policy, config)
+    trained = {n: w for n, w in model.named_parameters() if w.requires_grad}
+    played = []
+    try:
+        for step in range(3):
+            if step:
+                update(trained, step)
+            sampler.sync(model, step)
+            assert_is_the_policy(sampler, model, sampler.sample)
+            with policy.as_reference() as reference:
+                assert_is_the_policy(sampler, reference, sampler.sample_reference)
+            played.append(logprobs_of(sampler.sample([[1, 20]], 1, "solver", GREEDY, 1)).item())
+    finally:
+        sampler.close()
+        wait_until_free(served_arena)
+    assert len(set(played)) == 3
 
 
 # ---------------------------------------------------------------- who may, and who holds it
@@ -567,6 +605,7 @@ def test_what_answers_but_is_no_server_of_ours_is_told(make_config: Callable[...
 
 
 ABOUT = {
+    "is_alive": True,
     "held_by": None,
     "model": "m",
     "shape": {"hidden_size": 64},

@@ -159,11 +159,11 @@ class Policy:
         else:
             weights = self._merged_weights() if with_adapter else self._base_weights()
         # transformers would write nothing on other ranks than the first, whatever they are told.
-        self.whole.should_save_on_this_rank = lambda is_main_process: True
+        vars(self.whole)["should_save_on_this_rank"] = lambda is_main_process: True
         try:
             self.whole.save_pretrained(folder, state_dict=weights)
         finally:
-            del self.whole.should_save_on_this_rank
+            del vars(self.whole)["should_save_on_this_rank"]
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter alone, where PEFT finds it. Its base is the stage's initial model."""

@@ -36,7 +36,7 @@ class EngineDied(Exception):
 
 
 class ServerAway(EngineDied):
-    """Nothing answers at the server's address."""
+    """Nothing at the server's address can be asked; later there may be."""
 
 
 class Place(NamedTuple):
@@ -314,11 +314,15 @@ def about(address: str, key: str) -> dict[str, Any]:
         connection.close()
     if status == http.HTTPStatus.NOT_FOUND:
         raise EngineDied("it is no server of `lsp vllm-serve`")
+    if status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:  # of a proxy before it, too
+        raise ServerAway(_reason(status, said))
     if status != http.HTTPStatus.OK:
         raise EngineDied(_reason(status, said))
     table = _table(said)
     if "max_num_seqs" not in table:
         raise EngineDied("it is no server of `lsp vllm-serve`")
+    if not table["is_alive"]:
+        raise ServerAway("its engine has died")
     return table
 
 

@@ -168,6 +168,7 @@ def about(state: Any, held_by: dict[str, str] | None) -> dict[str, Any]:
     model, transfer = config.model_config, config.weight_transfer_config
     text = model.hf_text_config.to_dict()
     return {
+        "is_alive": not state.engine_client.errored,
         "held_by": None if held_by is None else held_by["name"],
         "model": model.served_model_name,
         "shape": {name: text[name] for name in SHAPE if text.get(name) is not None},
