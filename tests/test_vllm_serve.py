@@ -40,7 +40,13 @@ from language_self_play.recipe_files import load_recipe, merge
 from language_self_play.run_folder import RunFolder
 from language_self_play.sampling import vllm_server
 from language_self_play.sampling.vllm import OF_RANKS, VllmSampler, cores_of_rank, devices_of_rank
-from language_self_play.sampling.vllm_server import EngineDied, VllmServer, about, check_server
+from language_self_play.sampling.vllm_server import (
+    EngineDied,
+    VllmServer,
+    about,
+    check_server,
+    key_in,
+)
 from test_distributed import PLAYS, start
 from test_vllm import (
     CONTEXT,
@@ -671,6 +677,18 @@ def test_settings_of_a_server_that_make_no_sense_are_refused(
 ):
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         make_config(rollout={"engine": "vllm", "vllm": vllm})
+
+
+def test_a_key_is_taken_without_its_line_end_and_one_that_no_header_can_hold_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("A_KEY", "abc\n")
+    assert key_in("A_KEY") == "abc"
+    assert key_in("NO_KEY_HERE") == ""
+    for key in ("a\nb", "schlüssel"):
+        monkeypatch.setenv("A_KEY", key)
+        with pytest.raises(ConfigError, match="A_KEY in the environment: holds no key"):
+            key_in("A_KEY")
 
 
 # ---------------------------------------------------------------- the command

@@ -77,14 +77,16 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"--max-model-len {options.max_model_len}: must be at least 1")
     if options.lora_rank is not None and not 0 < options.lora_rank <= LORA_RANKS[-1]:
         raise ConfigError(f"--lora-rank {options.lora_rank}: must be from 1 to {LORA_RANKS[-1]}")
-    key = os.environ.get(options.api_key_env, "")
+
+    from language_self_play.sampling.vllm_python import check_python
+    from language_self_play.sampling.vllm_server import key_in
+
+    key = key_in(options.api_key_env)
     if options.host not in HERE and not key:
         raise ConfigError(
             f"--host {options.host}: whoever reaches this server can change its weights; put a key into"
             f" {options.api_key_env} in the environment, or leave --host out"
         )
-
-    from language_self_play.sampling.vllm_python import check_python
 
     python = options.python or sys.executable
     check_python(python, "--python")

@@ -57,7 +57,7 @@ class VllmServer:
         assert settings.server is not None
         self.address = settings.server
         self.timeout_s, self.wait_s = settings.timeout_s, settings.server_wait_s
-        self.key = os.environ.get(settings.api_key_env, "")
+        self.key = key_in(settings.api_key_env)
         self.batch_size = config.rollout.batch_size
         self.has_adapter = config.policy.lora is not None
         self.run = run
@@ -335,7 +335,7 @@ def check_server(config: Config, dtype: str, model: dict[str, Any], context: int
     assert settings.server is not None
     name = f"rollout.vllm.server = {settings.server!r}"
     try:
-        found = about(settings.server, os.environ.get(settings.api_key_env, ""))
+        found = about(settings.server, key_in(settings.api_key_env))
     except ServerAway as error:
         raise ConfigError(
             f"{name}: {error}; start it by `lsp vllm-serve`, or correct the address (docs/vllm.md)"
@@ -384,6 +384,16 @@ def check_server(config: Config, dtype: str, model: dict[str, Any], context: int
             f"{name}: is held by another run, {found['held_by']}; let it end, or start a server for this"
             " one"
         )
+
+
+def key_in(variable: str) -> str:
+    """The key that an environment variable holds, empty without one. Raises ConfigError."""
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"{variable} in the environment: holds no key; one has letters, digits and signs of ASCII"
+        )
+    return key
 
 
 def _connection(address: str, timeout_s: float) -> http.client.HTTPConnection:

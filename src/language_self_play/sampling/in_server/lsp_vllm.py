@@ -65,7 +65,7 @@ class Gate:
 
     def __init__(self, app: Any):
         self.app = app
-        self.key = os.environ.get("VLLM_API_KEY", "")
+        self.key = os.environ.get("VLLM_API_KEY", "").strip()
         self.held_by: dict[str, str] | None = None
         self.folder: Path | None = None
 
@@ -77,7 +77,10 @@ class Gate:
                 self._remove_uploads()
             return
         path, method = scope["path"], scope.get("method", "")
-        headers = {name.decode().lower(): value.decode() for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
         run = headers.get("x-lsp-run", "")
         if path == "/health":
             await self.app(scope, receive, send)
