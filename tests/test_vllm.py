@@ -368,7 +368,9 @@ def test_an_engine_that_dies_while_the_policy_learns_is_started_by_the_next_step
         served.rest()
     assert engine_processes() == []
     served.sync(model, 6)
-    assert tokens_of(served.sample(PROMPTS, 2, "solver", Sampling(), 8)) == before
+    again = tokens_of(served.sample(PROMPTS, 2, "solver", Sampling(), 8))
+    served.close()
+    assert again == before
 
 
 def test_a_run_whose_engine_dies_again_and_again_pauses_and_resumes_as_if_it_never_had(
