@@ -59,7 +59,7 @@ def save_checkpoint(
     that `keep` would have kept.
     """
     shards = None
-    if policy.sharded is not None:
+    if policy.trains_shards:
         shards = run.checkpoints_folder / f".shards-{step:06d}"
         _write_shards(shards, run, optimizer, ranks)
     ranks.once(_save_checkpoint, run.own, policy, optimizer, step, keep, shards)
@@ -178,7 +178,7 @@ def load_checkpoint(
     if name is None:
         return 0
     place = run.checkpoints_folder / name
-    if policy.sharded is None and not (place / SHARDS).is_dir():
+    if not (policy.trains_shards or (place / SHARDS).is_dir()):
         policy.load_trained(place / _trained(policy))
         optimizer.load_state(load_file(place / "optimizer.safetensors"))
     else:
@@ -193,7 +193,7 @@ def _load_shards(place: Path, policy: Policy, optimizer: Optimizer, ranks: Ranks
         files = [(place / "optimizer.safetensors", "")]
         files += [(file, "model ") for file in sorted((place / "model").glob("*.safetensors"))]
     shards = Shards(files)
-    rank, size = (ranks.rank, ranks.size) if policy.sharded is not None else (0, 1)
+    rank, size = (ranks.rank, ranks.size) if policy.trains_shards else (0, 1)
     state = {}
     with torch.no_grad():
         for name, weight in optimizer.weights.items():

@@ -654,7 +654,6 @@ class Config(Section):
                 )
         if self.distributed.parallel == "fsdp":
             for setting, conflicts, instead in (
-                ("policy.lora", self.policy.lora is not None, 'use parallel = "replicate"'),
                 (
                     'learner.optimizer = "adamw_8bit"',
                     self.learner.optimizer == "adamw_8bit",

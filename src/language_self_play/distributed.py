@@ -192,6 +192,26 @@ class Ranks:
         with suppress(RuntimeError):
             dist.broadcast(torch.zeros(1), 0)
 
+    def from_first(self, tensor: Tensor) -> None:
+        """`tensor`, on the CPU, becomes the first rank's."""
+        with in_words():
+            dist.broadcast(tensor, 0)
+
+    def rows_from_first(self, tensor: Tensor, rows_of: Callable[[int], range]) -> Tensor:
+        """This rank's rows of the first one's `tensor`, on the CPU; others give one of its shape."""
+        if self.is_first:
+            for rank in range(1, self.size):
+                if rows := rows_of(rank):
+                    with in_words():
+                        dist.send(tensor[rows.start : rows.stop].contiguous(), rank)
+            own = rows_of(0)
+            return tensor[own.start : own.stop]
+        received = torch.empty(len(rows_of(self.rank)), *tensor.shape[1:], dtype=tensor.dtype)
+        if len(received):
+            with in_words():
+                dist.recv(received, 0)
+        return received
+
     def leave(self) -> None:
         """From here on nothing is exchanged: the first rank writes what it has, the others nothing."""
         self.apart = self.size > 1

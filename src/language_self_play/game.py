@@ -89,7 +89,7 @@ class Game:
     @property
     def can_save(self) -> bool:
         """Whether a checkpoint of the weights can be had and is worth having."""
-        shards_are_lost = self.ranks.apart and self.policy.sharded is not None
+        shards_are_lost = self.ranks.apart and self.policy.trains_shards
         return not (self.is_damaged or shards_are_lost)
 
     def __enter__(self) -> Game:

@@ -79,7 +79,7 @@ class Learner:
         self.config = config
         self.optimizer = Optimizer(policy.model, config.learner)
         # FSDP2 averages gradients over the ranks; here they are to be added.
-        self.gradient_scale = 1 if policy.sharded is None else ranks.size
+        self.gradient_scale = ranks.size if policy.trains_shards else 1
         self.path = policy.compute(choose_path)
         self.tokens_per_micro_batch = config.learner.tokens_per_micro_batch
         self.before_update: Callable[[], None] = lambda: None  # called when only the update is left
@@ -237,7 +237,7 @@ class Learner:
             result.capped = [capped] if self.config.importance_cap else []
         result.kl = dict(zip(result.kl, by_role, strict=False))
         result.entropy = dict(zip(result.entropy, by_role[len(result.kl) :], strict=True))
-        if self.policy.sharded is None:
+        if not self.policy.trains_shards:
             self.ranks.sum_gradients(list(self.optimizer.weights.values()))
         with in_words():
             result.grad_norm = self.optimizer.clip(self.config.learner.max_grad_norm)

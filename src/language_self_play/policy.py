@@ -30,11 +30,12 @@ from language_self_play.extras import require
 from language_self_play.pretrained import (
     adapter_base,
     choose_dtype,
+    hollow_model,
     load_model,
     read,
     vocabulary_size,
 )
-from language_self_play.sharding import ShardedModel
+from language_self_play.sharding import ShardedModel, hollow
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # PEFT puts an adapted layer's own weights one level down.
@@ -61,18 +62,34 @@ class Policy:
         self._sharded_reference: ShardedModel | None = None
 
     def shard(
-        self, ranks: Ranks, device: torch.device, dtype: torch.dtype, cpu_offload: bool
+        self,
+        ranks: Ranks,
+        device: torch.device,
+        dtype: torch.dtype,
+        cpu_offload: bool,
+        with_reference: bool,
     ) -> None:
-        """From here on both models lie in pieces on all ranks; they compute in `dtype`."""
-        if self._reference is not None:
-            if ranks.is_first:
-                _ = self.reference_hash  # while it is whole
-            else:
-                vars(self)["reference_hash"] = None  # the first rank compares
-            self._sharded_reference = ShardedModel(
-                self._reference, ranks, device, dtype, cpu_offload
-            )
-        self.sharded = ShardedModel(self.model, ranks, device, dtype, cpu_offload)
+        """From here on π_θ, and `with_reference` π_Ref, lie in pieces on all ranks; they compute in `dtype`.
+
+        Other ranks than the first may have models without weights: they get theirs from there.
+        """
+        hashed = None  # the first rank compares
+        if ranks.is_first and (with_reference or self.adapter is not None):
+            hashed = _hash(self._base_weights(), dtype)  # while it is whole
+        vars(self)["reference_hash"] = hashed
+        trained: list[str] = []
+        if self.adapter is not None:
+            trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        place = (ranks, device, dtype, cpu_offload)
+        self.sharded = ShardedModel(self.model, *place, everywhere=trained)
+        if with_reference:
+            self._reference = hollow(self.sharded.whole, device, dtype)
+            self._sharded_reference = ShardedModel(self._reference, *place, like=self.sharded)
+
+    @property
+    def trains_shards(self) -> bool:
+        """Whether what is trained lies in pieces; an adapter lies on every rank."""
+        return self.sharded is not None and self.adapter is None
 
     def compute(self, function: Callable[..., T], *args: Any) -> T:
         """`function(π_θ, *args)`; with a gradient, of all ranks together where it is sharded."""
@@ -85,6 +102,9 @@ class Policy:
         with torch.no_grad():
             if self._sharded_reference is not None:
                 return self._sharded_reference(function, *args)
+            if self.sharded is not None:
+                with _adapter_off(self.model):
+                    return self.sharded(function, *args)
             with self.as_reference() as reference:
                 return function(reference, *args)
 
@@ -105,7 +125,7 @@ class Policy:
 
     @contextmanager
     def as_whole_reference(self) -> Iterator[PreTrainedModel]:
-        """π_Ref as it can be sampled from. Where it is sharded, `whole` is released before."""
+        """π_Ref as it can be sampled from. Where it is a model of its own in pieces, `whole` is released."""
         if self._sharded_reference is None:
             with self.as_reference() as reference:
                 yield reference
@@ -129,8 +149,8 @@ class Policy:
     def as_reference(self) -> Iterator[PreTrainedModel]:
         """π_Ref, a model whose outputs are this stage's initial model's; for use without gradient."""
         if self.adapter is not None:
-            with self.adapter.disable_adapter():
-                yield self.model
+            with _adapter_off(self.whole):
+                yield self.whole
             return
         assert self._reference is not None, "no reference was asked for"
         yield self._reference
@@ -140,12 +160,9 @@ class Policy:
         """SHA-256 over the reference's weights, which never change; None without a reference."""
         if not self.has_reference:
             return None
-        weights = self._base_weights() if self._reference is None else self._reference.state_dict()
-        digest = hashlib.sha256()
-        for name, weight in sorted(weights.items()):
-            digest.update(name.encode())
-            digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return _hash(
+            self._base_weights() if self._reference is None else self._reference.state_dict()
+        )
 
     def save(self, folder: Path) -> None:
         """Write the whole model, an adapter merged, where AutoModelForCausalLM finds it."""
@@ -154,10 +171,7 @@ class Policy:
 
     def save_weights(self, folder: Path, with_adapter: bool = True) -> None:
         """Write the model without its tokenizer, an adapter merged or left out; whichever rank asks."""
-        if self.sharded is not None:
-            weights = None
-        else:
-            weights = self._merged_weights() if with_adapter else self._base_weights()
+        weights = self._merged_weights() if with_adapter else self._base_weights()
         # transformers would write nothing on other ranks than the first, whatever they are told.
         vars(self.whole)["should_save_on_this_rank"] = lambda is_main_process: True
         try:
@@ -201,25 +215,25 @@ class Policy:
         """The weights without the adapter's, under the names that they have without one."""
         return {
             name.replace(BASE_LAYER, ""): weight
-            for name, weight in self.model.state_dict().items()
+            for name, weight in self.whole.state_dict().items()
             if ".lora_" not in name
         }
 
     def _merged_weights(self) -> dict[str, Tensor]:
         """θ as one model: W + (α/r) B A for every adapted layer (Hu et al. 2021, Eq. 3)."""
         if self.adapter is None:
-            return self.model.state_dict()
+            return self.whole.state_dict()
         from peft.tuners.lora import LoraLayer
 
         weights = self._base_weights()
-        for name, layer in self.model.named_modules():
+        for name, layer in self.whole.named_modules():
             if isinstance(layer, LoraLayer):
                 # Of experts the adapted weight is a parameter, of linear layers `weight`.
                 parameter = getattr(layer, "parameter_name", "weight")
                 key = f"{name}.".replace(BASE_LAYER, "") + parameter
                 weight = weights[key]
                 change: Tensor = layer.get_delta_weight("default")  # type: ignore[attr-defined]
-                merged = weight.float() + change.float()
+                merged = weight.float() + change.to(weight.device).float()
                 weights[key] = merged.to("cpu", weight.dtype)
         return weights
 
@@ -240,19 +254,56 @@ def load_policy(config: Config, device: torch.device, ranks: Ranks = ALONE) -> P
 
 
 def _load_sharded(config: Config, device: torch.device, ranks: Ranks) -> Policy:
-    """Every rank reads the model into the host's memory, and keeps its piece on the device.
+    """The first rank reads the model into its host's memory, and the others get their rows from it.
 
     The pieces that are trained are float32 whatever the type of computing: AdamW needs them so.
     """
-    chat, model = load_chat_model(config.policy, torch.device("cpu"), torch.float32)
-    dtype = choose_dtype(config.dtype, device)
-    reference = None
-    if config.needs_reference:
-        reference = copy.deepcopy(model).requires_grad_(False)
-        reference.to(dtype)  # type: ignore[arg-type]  # transformers' stub
-    policy = Policy(model, chat, reference)
-    policy.shard(ranks, device, dtype, config.distributed.cpu_offload)
+    section, dtype = config.policy, choose_dtype(config.dtype, device)
+    of_weights = torch.float32 if section.lora is None else dtype
+    loaded: list[tuple[Chat, PreTrainedModel]] = []
+
+    def load() -> None:
+        loaded.append(load_chat_model(section, torch.device("cpu"), of_weights))
+
+    ranks.once(load)
+    if not loaded:
+        model = hollow_model(section.path, of_weights, section.trust_remote_code)
+        loaded.append((load_chat(section), model))
+    [(chat, model)] = loaded
+    adapter = None
+    if section.lora is not None:
+        adapter = add_adapter(model, section.path, section.lora, config.seed)
+    policy = Policy(model, chat, adapter=adapter)
+    has_reference = config.needs_reference and adapter is None
+    policy.shard(ranks, device, dtype, config.distributed.cpu_offload, has_reference)
     return policy
+
+
+@contextmanager
+def _adapter_off(model: PreTrainedModel) -> Iterator[None]:
+    """While active, the adapter in `model` adds nothing."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in adapted:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in adapted:
+            layer.enable_adapters(True)
+
+
+def _hash(weights: dict[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over names and numbers, those that are no integers in `dtype`, by default their own."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(name.encode())
+        converted = weight.detach().cpu()
+        if dtype is not None and converted.is_floating_point():
+            converted = converted.to(dtype)
+        digest.update(converted.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_chat_model(

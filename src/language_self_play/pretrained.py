@@ -10,6 +10,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,6 +60,17 @@ def load_model(
         ),
     )
     model.to(device)  # type: ignore[arg-type]  # transformers' stub
+    return without_dropout(model.eval())
+
+
+def hollow_model(path: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """`load_model`'s model without its weights and buffers, which are on the meta device."""
+    config = load_model_config(path, trust_remote_code)
+    build = partial(AutoModelForCausalLM.from_config, attn_implementation=attention_kernel(config))
+    with torch.device("meta"):
+        model = read(
+            path, lambda: build(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        )
     return without_dropout(model.eval())
 
 

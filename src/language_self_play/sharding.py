@@ -4,12 +4,15 @@ Each layer is gathered when it computes and let go of again; what is outside of 
 forms one group, so that tied weights stay one. Gradients arrive as pieces too, averaged over the ranks.
 Sampling would gather every layer for each token: instead the weights are gathered once a step into
 `whole`, a model like the first but without hooks, and let go of before learning.
+
+The first rank alone has read the model; the others' is without weights, and gets its rows from there. What an
+adapter adds is small and lies on every rank: `whole` has the very same tensors.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from language_self_play.distributed import Ranks, in_words
 from language_self_play.errors import MemoryLimitError
 from language_self_play.out_of_memory import is_out_of_memory
+from language_self_play.shard_files import local, rows_of
 
 T = TypeVar("T")
 
@@ -46,7 +50,11 @@ class _Root(nn.Module):
 
 
 class ShardedModel:
-    """`model`, sharded from here on over all ranks. What it computes, all ranks compute together."""
+    """`model`, sharded from here on over all ranks. What it computes, all ranks compute together.
+
+    The weights are those of `like`, a model of the same weights that is sharded already, or else those of
+    the first rank's `model`. `everywhere` names parameters that are not sharded.
+    """
 
     def __init__(
         self,
@@ -55,11 +63,17 @@ class ShardedModel:
         device: torch.device,
         dtype: torch.dtype,
         cpu_offload: bool,
+        everywhere: Collection[str] = (),
+        like: ShardedModel | None = None,
     ):
         self.model, self.ranks, self.device, self.dtype = model, ranks, device, dtype
-        self.whole = _hollow(model, device)
+        if like is None:
+            _receive(model, ranks, device, everywhere)
+        self._everywhere = set(everywhere)
+        kept = {p for name, p in model.named_parameters() if name in self._everywhere}
+        self.whole = hollow(model, device, dtype, kept)
         self._first_name = _first_names(model)
-        keeps_type = all(parameter.dtype == dtype for parameter in model.parameters())
+        keeps_type = all(p.dtype == dtype for p in model.parameters() if p not in kept)
         options: dict[str, Any] = {
             "mesh": init_device_mesh(device.type, (ranks.size,)),
             "mp_policy": MixedPrecisionPolicy()
@@ -67,10 +81,19 @@ class ShardedModel:
             else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
             "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
         }
-        for module in list(model.modules()):
-            if isinstance(module, GradientCheckpointingLayer):
-                fully_shard(module, **options)
+        if kept:
+            options["ignored_params"] = kept
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        # Only one layer at a time is there as a whole, but for what the first rank has read.
+        for module in layers:
+            _lay_out(module, ranks, device, kept, sent=like is None)
+            fully_shard(module, **options)
+        _lay_out(model, ranks, device, kept, sent=like is None)
         self._root: Any = fully_shard(_Root(model), **options)
+        if like is not None:
+            with torch.no_grad():
+                for own, other in zip(model.parameters(), like.model.parameters(), strict=True):
+                    local(own).copy_(local(other))
 
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
         """`function(model, *args)`, called by all ranks with arguments of their own."""
@@ -87,6 +110,8 @@ class ShardedModel:
         self._root.reshard()  # its own group stays gathered after a pass without backward
         try:
             for name, pieces in self.model.named_parameters():
+                if name in self._everywhere:
+                    continue
                 assert isinstance(pieces, DTensor)
                 with in_words():
                     converted: Any = pieces.detach().to(self.device, self.dtype)
@@ -112,6 +137,8 @@ class ShardedModel:
 
     def _fill(self, weight_of: Callable[[str], Tensor | None]) -> None:
         for name, parameter in list(self.whole.named_parameters(remove_duplicate=False)):
+            if name in self._everywhere:
+                continue
             module_name, _, leaf = name.rpartition(".")
             weight = weight_of(name)
             weight = parameter.detach().to("meta") if weight is None else weight
@@ -119,16 +146,83 @@ class ShardedModel:
             module._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
 
 
-def _hollow(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """A copy of `model` without weights: its parameters are on the meta device."""
+def hollow(
+    model: PreTrainedModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    kept: Collection[nn.Parameter] = (),
+) -> PreTrainedModel:
+    """A copy of `model` whose weights are on the meta device, in `dtype`; those `kept` both have.
+
+    Buffers keep their types: rotary frequencies in bfloat16 would be other ones.
+    """
     empty: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()
+        id(p): p
+        if p in kept
+        else nn.Parameter(p.detach().to("meta", dtype), requires_grad=False)
+        for p in model.parameters()
     }
     copied: PreTrainedModel = copy.deepcopy(model, empty)
     for module in copied.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
     return copied
+
+
+def _receive(
+    model: PreTrainedModel, ranks: Ranks, device: torch.device, everywhere: Collection[str]
+) -> None:
+    """The first rank's buffers and the parameters `everywhere`, on all ranks and `device`."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    for module in model.modules():
+        for table in (module._buffers, module._parameters):
+            for leaf, tensor in table.items():
+                is_parameter = isinstance(tensor, nn.Parameter)
+                if tensor is None or (is_parameter and names[id(tensor)] not in everywhere):
+                    continue
+                received: Tensor = torch.empty_like(tensor, device="cpu")
+                if ranks.is_first:
+                    received = tensor.detach().contiguous()
+                ranks.from_first(received)
+                received = received.to(device)
+                table[leaf] = nn.Parameter(received) if is_parameter else received
+
+
+def _lay_out(
+    module: nn.Module,
+    ranks: Ranks,
+    device: torch.device,
+    kept: Collection[nn.Parameter],
+    sent: bool,
+) -> None:
+    """Give weights that have none on this rank a tensor, of which this rank's rows are filled if `sent`.
+
+    On a CPU the rest of such a tensor takes no memory: it is never touched.
+    """
+    # Of tied weights there is one. What is replaced is held: no other gets its id.
+    replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            if weight is None or isinstance(weight, DTensor) or weight in kept:
+                continue
+            if id(weight) not in replaced:
+                filled = _with_own_rows(weight.detach(), ranks, device, sent)
+                new = nn.Parameter(filled, requires_grad=weight.requires_grad)
+                replaced[id(weight)] = weight, new
+            part._parameters[name] = replaced[id(weight)][1]
+
+
+def _with_own_rows(weight: Tensor, ranks: Ranks, device: torch.device, sent: bool) -> Tensor:
+    def rows(rank: int) -> range:
+        return rows_of(rank, ranks.size, len(weight))
+
+    received = ranks.rows_from_first(weight, rows) if sent else None
+    if not weight.is_meta:
+        return weight
+    laid_out = torch.empty_like(weight, device=device)
+    if received is not None:
+        laid_out[rows(ranks.rank).start : rows(ranks.rank).stop] = received
+    return laid_out
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
