@@ -79,7 +79,9 @@ class ShardedModel:
             "mp_policy": MixedPrecisionPolicy()
             if keeps_type
             else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-            "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")
+            if cpu_offload
+            else OffloadPolicy(),
         }
         if kept:
             options["ignored_params"] = kept
