@@ -436,7 +436,7 @@ def test_a_run_without_a_checkpoint_has_nothing_to_play_and_says_so(
     make_run(tmp_path / "run")
     assert main([*command, "run"]) == 2
     assert capsys.readouterr().err == (
-        "lsp: run: has no model yet, as no checkpoint has been written, or only shards of several ranks;"
+        "lsp: run: has no model yet, as no checkpoint has been written;"
         " go on with the run by: lsp train --resume run\n"
     )
 

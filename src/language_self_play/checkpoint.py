@@ -3,7 +3,8 @@
     checkpoints/step-000100/    restores weights version 100, before step 100 is played
         model/                  the policy, loadable with AutoModelForCausalLM; with LoRA instead
         adapter/                the adapter alone, loadable with PEFT
-        shards/                 or with distributed.parallel = "fsdp" each rank's rows of weights and moments
+        shards/                 or with distributed.parallel = "fsdp" each rank's rows of weights and moments,
+                                with the model's config and tokenizer: lsp play and lsp eval load it
         optimizer.safetensors   AdamW's moments and float32 weights, by parameter name
         state.json              step, and the hash of the reference's weights
         SHA256SUMS              of every other file, written last; `sha256sum -c SHA256SUMS` checks it
@@ -31,14 +32,14 @@ from language_self_play.distributed import ALONE, Ranks
 from language_self_play.durable import NO_ROOM, errno_of, make_folder, remove_folder, sync
 from language_self_play.errors import RunFolderError
 from language_self_play.run_folder import Part, RunFolder, step_of, unwritable
-from language_self_play.shard_files import Shards, local, rows_of, save_shard
+from language_self_play.shard_files import BUFFER, WEIGHT, Shards, local, rows_of, save_shard
 
 if TYPE_CHECKING:
     from language_self_play.optimizer import Optimizer
     from language_self_play.policy import Policy
 
 CHECKSUMS = "SHA256SUMS"
-SHARDS, WEIGHT, MASTER = "shards", "weight", "master"
+SHARDS, MASTER = "shards", "master"
 
 
 def save_checkpoint(
@@ -61,11 +62,13 @@ def save_checkpoint(
     shards = None
     if policy.trains_shards:
         shards = run.checkpoints_folder / f".shards-{step:06d}"
-        _write_shards(shards, run, optimizer, ranks)
+        _write_shards(shards, run, policy, optimizer, ranks)
     ranks.once(_save_checkpoint, run.own, policy, optimizer, step, keep, shards)
 
 
-def _write_shards(folder: Path, run: RunFolder, optimizer: Optimizer, ranks: Ranks) -> None:
+def _write_shards(
+    folder: Path, run: RunFolder, policy: Policy, optimizer: Optimizer, ranks: Ranks
+) -> None:
     """Every rank's file, into a folder beside; where one can't be written, all raise RunFolderError."""
 
     def begin() -> None:
@@ -73,6 +76,7 @@ def _write_shards(folder: Path, run: RunFolder, optimizer: Optimizer, ranks: Ran
             remove_folder(unfinished)
         try:
             folder.mkdir()
+            policy.save_without_weights(folder)
         except OSError as error:
             raise unwritable(folder, error) from None
 
@@ -80,9 +84,11 @@ def _write_shards(folder: Path, run: RunFolder, optimizer: Optimizer, ranks: Ran
     tensors = optimizer.state()
     for name, weight in optimizer.weights.items():
         tensors[f"{name}:{WEIGHT}"] = local(weight.detach()).cpu().contiguous()
+    for name, buffer in policy.saved_buffers().items():
+        tensors[f"{name}:{BUFFER}"] = buffer.cpu().contiguous()
     pieces = {}
     for key, tensor in tensors.items():
-        if tensor.dim():
+        if tensor.dim() and not key.endswith(f":{BUFFER}"):
             rows = len(optimizer.weights[key.rsplit(":", 1)[0]])
             pieces[key] = (rows_of(ranks.rank, ranks.size, rows).start, rows)
     number = 0

@@ -159,10 +159,10 @@ class Learner:
         """What `compute` returns; where memory runs out, on any rank, all halve their micro-batches."""
         while True:
             result = unless_out_of_memory(compute)
-            if result is None and self.policy.sharded is not None:
+            if result is None and self.policy.sharded is not None and not self.policy.abandoned:
                 raise MemoryLimitError(
                     f"{self.policy.device} has no memory left to learn, and with"
-                    ' distributed.parallel = "fsdp" a rank can\'t repeat its part alone; lower'
+                    ' distributed.parallel = "fsdp" a rank can\'t repeat a backward pass alone; lower'
                     " learner.tokens_per_micro_batch, set learner.gradient_checkpointing or"
                     " distributed.cpu_offload, or use more ranks; it goes on by --resume"
                 )

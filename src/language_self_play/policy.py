@@ -97,6 +97,12 @@ class Policy:
             return self.sharded(function, *args)
         return function(self.model, *args)
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether all ranks gave up the newest pass of either model, as one had no memory for it."""
+        models = (self.sharded, self._sharded_reference)
+        return any(model is not None and model.abandoned for model in models)
+
     def compute_reference(self, function: Callable[..., T], *args: Any) -> T:
         """`function(π_Ref, *args)`, without a gradient."""
         with torch.no_grad():
@@ -178,6 +184,18 @@ class Policy:
             self.whole.save_pretrained(folder, state_dict=weights)
         finally:
             del vars(self.whole)["should_save_on_this_rank"]
+
+    def save_without_weights(self, folder: Path) -> None:
+        """Write what a model's folder holds beside its weights."""
+        self.model.config.save_pretrained(folder)
+        if self.model.can_generate() and self.model.generation_config is not None:
+            self.model.generation_config.save_pretrained(folder)
+        self.chat.tokenizer.save_pretrained(folder)
+
+    def saved_buffers(self) -> dict[str, Tensor]:
+        """The buffers that a model's folder holds with its weights; most are computed from its config."""
+        saved = self.model.state_dict().keys()
+        return {name: b for name, b in self.model.named_buffers() if name in saved}
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter alone, where PEFT finds it. Its base is the stage's initial model."""

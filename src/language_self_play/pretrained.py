@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from language_self_play.errors import ConfigError, InputFileError, ModelError
 from language_self_play.extras import require
 from language_self_play.run_folder import RunFolder
+from language_self_play.shard_files import Shards
 
 BUILT_IN_MODEL = "arena"
 # Models without a stated context get one that no completion reaches.
@@ -47,15 +48,22 @@ def load_model(
         adapted = read(path, lambda: peft.PeftModel.from_pretrained(model, path).merge_and_unload())
         return adapted.eval()
     found = resolve_model(path)
-    kernel = attention_kernel(load_model_config(path, trust_remote_code))
+    config = load_model_config(path, trust_remote_code)
+    load = partial(
+        AutoModelForCausalLM.from_pretrained, found, trust_remote_code=trust_remote_code
+    )
+    if shards := shards_in(found):
+        # The class itself, which is told what it would read from its own files.
+        kind = type(hollow_model(path, dtype, trust_remote_code))
+        weights = read(path, lambda: Shards((file, "") for file in shards).model())
+        load = partial(kind.from_pretrained, None, config=config, state_dict=weights)
     model = load_whole(
         path,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            found,
+        partial(
+            load,
             dtype=dtype,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=kernel,
+            attn_implementation=attention_kernel(config),
             output_loading_info=True,
         ),
     )
@@ -95,6 +103,11 @@ def load_whole(
             " at random; the folder is damaged, or holds a model of another kind"
         )
     return model
+
+
+def shards_in(path: str) -> list[Path]:
+    """The files of rows (shard_files.py) in the folder at `path`; none in one of a whole model."""
+    return sorted(Path(path).glob("shard-*-of-*.safetensors"))
 
 
 def attention_kernel(config: PreTrainedConfig) -> str | None:

@@ -68,8 +68,8 @@ class RunFolder:
 
     @classmethod
     def holding(cls, path: Path) -> RunFolder | None:
-        """The run that `path` is, or lies in: its model/ or adapter/, or a checkpoint's."""
-        within = path.name in ("model", "adapter")
+        """The run that `path` is, or lies in: its model/ or adapter/, or a checkpoint's, or its shards/."""
+        within = path.name in ("model", "adapter", "shards")
         inside = within and path.parent.parent.name == "checkpoints"
         above = path.parent.parent.parent if inside else path.parent
         for folder in (path, above) if within else (path,):
@@ -96,12 +96,12 @@ class RunFolder:
         if self.model_folder.is_dir():
             return self.model_folder
         for checkpoint in reversed(self.checkpoints()):
-            for part in ("model", "adapter"):
+            for part in ("model", "adapter", "shards"):
                 if (checkpoint / part).is_dir():
                     return checkpoint / part
         raise RunFolderError(
-            f"{self.folder}: has no model yet, as no checkpoint has been written, or only shards of"
-            f" several ranks; go on with the run by: {self.resume_command}"
+            f"{self.folder}: has no model yet, as no checkpoint has been written;"
+            f" go on with the run by: {self.resume_command}"
         )
 
     def checkpoints(self) -> list[Path]:

@@ -21,7 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from language_self_play.errors import InputFileError
+
 PIECES = "pieces"
+# What of a model a file holds, as NAME:weight: a trained weight, or a buffer, which the first rank writes whole.
+WEIGHT, BUFFER = "weight", "buffer"
 
 
 def rows_of(rank: int, size: int, rows: int) -> range:
@@ -97,4 +101,19 @@ class Shards:
                 stop = min(wanted.stop - piece.start, shape[0])
                 if start < stop or len(pieces) == 1:
                     found.append(part[start : max(start, stop)])
-        return torch.cat(found) if found else torch.empty(0, *shape[1:])
+        read = torch.cat(found) if found else torch.empty(0, *shape[1:])
+        if len(read) != len(wanted):
+            raise InputFileError(
+                f"{pieces[0].file.parent}: of {name} {len(wanted) - len(read)} rows are missing; a rank's"
+                " file is gone, put it back"
+            )
+        return read
+
+    def model(self) -> dict[str, Tensor]:
+        """The whole model's weights and buffers by name, as a state dict has them; no moments."""
+        named = {name: name.rsplit(":", 1) for name in self._pieces}
+        return {
+            of_model: self.read(name)
+            for name, [of_model, what] in named.items()
+            if what in (WEIGHT, BUFFER)
+        }

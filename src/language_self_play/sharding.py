@@ -30,10 +30,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from language_self_play.distributed import Ranks, in_words
 from language_self_play.errors import MemoryLimitError
-from language_self_play.out_of_memory import is_out_of_memory
+from language_self_play.out_of_memory import is_out_of_memory, unless_out_of_memory
 from language_self_play.shard_files import local, rows_of
 
 T = TypeVar("T")
+
+
+class PassAbandoned(MemoryError):
+    """All ranks gave up a forward pass, as one had no memory for it: smaller ones can be tried."""
 
 
 class _Root(nn.Module):
@@ -92,15 +96,49 @@ class ShardedModel:
             fully_shard(module, **options)
         _lay_out(model, ranks, device, kept, sent=like is None)
         self._root: Any = fully_shard(_Root(model), **options)
+        self.abandoned = False
+        self._order: list[Any] = []  # layers as a pass enters them
+        self._reached: list[Any] = []  # in this pass, before and
+        self._entered: list[Any] = []  # after each was gathered
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda m, _: self._reached.append(m), prepend=True)
+            layer.register_forward_pre_hook(lambda m, _: self._entered.append(m))
         if like is not None:
             with torch.no_grad():
                 for own, other in zip(model.parameters(), like.model.parameters(), strict=True):
                     local(own).copy_(local(other))
 
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
-        """`function(model, *args)`, called by all ranks with arguments of their own."""
+        """`function(model, *args)`, called by all ranks with arguments of their own.
+
+        Raises PassAbandoned, on all of them, where memory ran out on any. An allocator's own error, on
+        this rank alone, says that they could not agree: it came while a layer was gathered.
+        """
+        self.abandoned = False
+        self._reached.clear()
+        self._entered.clear()
         with in_words():
-            return self._root(function, *args)
+            result = unless_out_of_memory(lambda: self._root(function, *args))
+            if result is None:
+                self._gather_rest()
+            [self.abandoned] = self.ranks.any(result is None)
+        if self.abandoned:
+            result = None  # its graph holds the pass's tensors
+            self._root.reset_iter_state()
+            raise PassAbandoned(f"{self.device}: a rank has no memory left for a forward pass")
+        self._order = list(dict.fromkeys(self._entered))
+        assert result is not None
+        return result
+
+    def _gather_rest(self) -> None:
+        """Gather what others gather for the rest of a pass that this rank has left, and let go of it."""
+        is_told_apart = len(self._reached) == len(self._entered) and self._order
+        if not (is_told_apart and hasattr(self._root, "reset_iter_state")):  # torch 2.13 has it
+            raise torch.OutOfMemoryError(f"{self.device}: out of memory while layers were gathered")
+        self._root.reset_iter_state()
+        for layer in self._order[len(self._entered) :]:
+            layer.unshard()
+            layer.reshard()
 
     @torch.no_grad()
     def gather(self, on_first_only: bool = False) -> None:
