@@ -29,6 +29,7 @@ from language_self_play.distributed import (
     _told,
     _unpacked,
     device_of_rank,
+    refuse_other_settings,
     threads_of_rank,
 )
 from language_self_play.errors import ConfigError, InputFileError, NonFiniteError, RunFolderError
@@ -128,6 +129,12 @@ def layer_or_fail(*arguments):
         maybe_fail("layer")
     return layer(*arguments)
 
+def copy_until(first, step, run):
+    shutil.copytree(first, run)
+    for place in Path(run, "checkpoints").iterdir():
+        if place.name > f"step-{step:06d}":
+            shutil.rmtree(place)
+
 def watched_step(self, *arguments):
     result = step(self, *arguments)
     [(_, tokens)] = result.logprob_differences
@@ -142,11 +149,7 @@ with join_ranks(60.0) as ranks:
         calls.clear(), seen.clear()
         again = "again_after" in fails
         if again:  # as if the run had been killed after that checkpoint
-            first, steps = fails.pop("again_after")
-            ranks.once(lambda: str(shutil.copytree(first, run)))
-            for place in Path(run, "checkpoints").iterdir():
-                if place.name > f"step-{steps:06d}":
-                    ranks.once(shutil.rmtree, place)
+            ranks.once(copy_until, *fails.pop("again_after"), run)
         self_play(Config.from_table(table), run, resume=again)
         Path(f"{run}.seen-{ranks.rank}").write_text(json.dumps(seen))
 """
@@ -255,6 +258,10 @@ def together(folder) -> Callable[[int, str], RunFolder]:
     return played
 
 
+def unsharded(tables: tuple[dict, ...]) -> tuple[dict, ...]:
+    return tuple(table for table in tables if "distributed" not in table)
+
+
 def name_of(ranks: int, tables: tuple[dict, ...]) -> str:
     return f"many-{ranks}-{PLAYED[ranks].index(tables)}"
 
@@ -322,7 +329,7 @@ def assert_same_play(one: RunFolder, many: RunFolder, atol: float = 1e-5) -> Non
     ids=lambda value: "-".join(k for t in value for k in t) if isinstance(value, tuple) else None,
 )
 def test_many_ranks_play_and_learn_what_one_does(alone, together, ranks, tables):
-    one = alone(*(t for t in tables if t is not FSDP))
+    one = alone(*unsharded(tables))
     many = together(ranks, name_of(ranks, tables))
     assert_same_play(one, many)
     assert any(
@@ -333,7 +340,9 @@ def test_many_ranks_play_and_learn_what_one_does(alone, together, ranks, tables)
         expected, found = adapter(one.adapter_folder), adapter(many.adapter_folder)
         assert found.keys() == expected.keys()
         for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5)
+            # A's gradient is 0 until B, which begins as 0, has moved: AdamW magnifies its rounding.
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=5e-5)
+            assert (found[name] - expected[name]).abs().mean() < 5e-7
         # A checkpoint is the adapter alone: no weight of the model, and no shards.
         checkpoint = many.checkpoints()[0]
         assert {p.name for p in checkpoint.iterdir() if p.is_dir()} == {"adapter"}
@@ -391,7 +400,6 @@ def test_an_adapter_of_two_sharded_ranks_is_gone_on_from_by_one_process(folder, 
     assert_same_play(first, resumed)
 
 
-
 @pytest.mark.slow
 @pytest.mark.parametrize("tables", [(NARROW,), (FSDP, NARROW)], ids=["replicate", "fsdp"])
 def test_each_token_counts_once_also_where_ranks_have_nothing_to_learn(together, tables):
@@ -422,7 +430,8 @@ def test_a_checkpoint_of_shards_is_played_and_measured_without_the_run_s_end(
     for name, weight in weights(finished).items():
         assert torch.equal(found.state_dict()[name], weight), name
     buffers = dict(load_model("arena", torch.float32, torch.device("cpu")).named_buffers())
-    assert buffers and all(torch.equal(b, buffers[name]) for name, b in found.named_buffers())
+    assert buffers
+    assert all(torch.equal(b, buffers[name]) for name, b in found.named_buffers())
     for place in (run.folder, run.newest_model()):
         assert main(["play", str(place), "--games", "1"]) == 0
         assert main(["eval", "accuracy", str(place)]) == 0
@@ -443,7 +452,7 @@ def _initial_by_name() -> dict[str, torch.Tensor]:
 
 
 def shards_of(checkpoint: Path) -> Shards:
-    return Shards((file, "") for file in sorted((checkpoint / "shards").iterdir()))
+    return Shards((file, "") for file in sorted((checkpoint / "shards").glob("*.safetensors")))
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -466,7 +475,7 @@ def test_memory_that_runs_out_on_one_rank_halves_the_batches_of_all(alone, toget
     assert next(run.metrics())["memory/rollout_batch_size"] == 4
     # AdamW magnifies the rounding of a gradient that is almost 0: in one process other micro-batches
     # alone move one weight of 683,904 by 8e-6, and here one moved by 1.3e-5.
-    assert_same_play(alone(*(t for t in tables if t is not FSDP)), run, atol=3e-5)
+    assert_same_play(alone(*unsharded(tables)), run, atol=3e-5)
 
 
 @pytest.mark.slow
@@ -579,7 +588,7 @@ def sharded(folder) -> Path:
     wait_for_steps(run, 3, process)
     os.kill(rank_process(process, 0), signal.SIGKILL)
     process.communicate(timeout=120)
-    shards = sorted(p.name for p in (run / "checkpoints/step-000002/shards").iterdir())
+    shards = sorted(p.name for p in (run / "checkpoints/step-000002/shards").glob("shard-*"))
     assert shards == ["shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors"]
     return run
 
@@ -742,6 +751,24 @@ def test_settings_name_the_kind_of_gpu_where_each_rank_has_one(monkeypatch, tmp_
         with pytest.raises(InterruptedError):
             game.prepare(Config.from_table(GAME), ranks)
     assert named == ["cuda", "cuda:1", "cuda", "cuda"]
+
+
+def test_a_rank_with_other_settings_is_told_by_all():
+    class WithOther(Ranks):
+        """Another rank was started with another flag."""
+
+        def gather(self, own):
+            return [own, own, own.replace(b'"learner.lr": 0.0001', b'"learner.lr": 0.1')]
+
+    config = Config.from_table(GAME)
+    with pytest.raises(ConfigError) as raised:
+        refuse_other_settings(config, False, WithOther(Place(0, 3, 0, 3)))
+    assert str(raised.value) == (
+        "learner.lr = 0.1 on rank 2, 0.0001 on the first: all ranks play the same game; start them with"
+        " the same recipe and flags"
+    )
+    assert raised.value.agreed
+    refuse_other_settings(config, False, Ranks())
 
 
 def test_what_tokens_say_is_summed_over_ranks_before_it_is_a_mean(tiny_llama, endless_chat):

@@ -25,7 +25,7 @@ from torch import Tensor
 from language_self_play import errors
 from language_self_play.config import Config
 from language_self_play.errors import ConfigError, LspError, RankError
-from language_self_play.run_folder import Record, RunFolder
+from language_self_play.run_folder import Record, RunFolder, flatten
 from language_self_play.types import Completion, Group
 
 # Gradients are summed in pieces of so many numbers: few calls, and no second copy of all of them.
@@ -303,6 +303,23 @@ def device_of_rank(device: torch.device, place: Place) -> torch.device:
             ' ranks as there are GPUs, or use device = "cpu"'
         )
     return torch.device("cuda", place.local_rank)
+
+
+def refuse_other_settings(config: Config, resume: bool, ranks: Ranks) -> None:
+    """Raises ConfigError, on all ranks, where one would play another game than the first."""
+    if ranks.size == 1:
+        return
+    own = {"--resume": resume, **flatten(config.model_dump(mode="json"))}
+    first, *others = (json.loads(told) for told in ranks.gather(json.dumps(own).encode()))
+    for rank, other in enumerate(others, 1):
+        for name in dict.fromkeys([*first, *other]):
+            if other.get(name) != first.get(name):
+                error = ConfigError(
+                    f"{name} = {other.get(name)!r} on rank {rank}, {first.get(name)!r} on the first: all"
+                    " ranks play the same game; start them with the same recipe and flags"
+                )
+                error.agreed = True
+                raise error
 
 
 class SharedRunFolder(RunFolder):

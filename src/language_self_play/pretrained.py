@@ -49,7 +49,7 @@ def load_model(
         return adapted.eval()
     found = resolve_model(path)
     config = load_model_config(path, trust_remote_code)
-    load = partial(
+    load: Callable[..., Any] = partial(
         AutoModelForCausalLM.from_pretrained, found, trust_remote_code=trust_remote_code
     )
     if shards := shards_in(found):
@@ -76,9 +76,7 @@ def hollow_model(path: str, dtype: torch.dtype, trust_remote_code: bool = False)
     config = load_model_config(path, trust_remote_code)
     build = partial(AutoModelForCausalLM.from_config, attn_implementation=attention_kernel(config))
     with torch.device("meta"):
-        model = read(
-            path, lambda: build(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        )
+        model = read(path, lambda: build(config, dtype=dtype, trust_remote_code=trust_remote_code))
     return without_dropout(model.eval())
 
 

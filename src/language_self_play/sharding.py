@@ -197,9 +197,7 @@ def hollow(
     Buffers keep their types: rotary frequencies in bfloat16 would be other ones.
     """
     empty: dict[int, Any] = {
-        id(p): p
-        if p in kept
-        else nn.Parameter(p.detach().to("meta", dtype), requires_grad=False)
+        id(p): p if p in kept else nn.Parameter(p.detach().to("meta", dtype), requires_grad=False)
         for p in model.parameters()
     }
     copied: PreTrainedModel = copy.deepcopy(model, empty)
@@ -215,7 +213,8 @@ def _receive(
     """The first rank's buffers and the parameters `everywhere`, on all ranks and `device`."""
     names = {id(p): name for name, p in model.named_parameters()}
     for module in model.modules():
-        for table in (module._buffers, module._parameters):
+        tables: list[dict[str, Any]] = [module._buffers, module._parameters]
+        for table in tables:
             for leaf, tensor in table.items():
                 is_parameter = isinstance(tensor, nn.Parameter)
                 if tensor is None or (is_parameter and names[id(tensor)] not in everywhere):

@@ -12,7 +12,12 @@ import torch
 from language_self_play.advantages import challenger_advantages, solver_advantages
 from language_self_play.checkpoint import load_checkpoint, save_checkpoint, save_model
 from language_self_play.config import Config
-from language_self_play.distributed import Ranks, SharedRunFolder, join_ranks
+from language_self_play.distributed import (
+    Ranks,
+    SharedRunFolder,
+    join_ranks,
+    refuse_other_settings,
+)
 from language_self_play.durable import remove_folder
 from language_self_play.errors import (
     ConfigError,
@@ -61,6 +66,7 @@ def self_play(
     only the first has written to it.
     """
     with join_ranks(config.distributed.timeout_s) as ranks:
+        refuse_other_settings(config, resume, ranks)
         place = ranks.once(lambda: str(run or free_run_folder(config.algorithm)))
         folder = RunFolder(place) if ranks.size == 1 else SharedRunFolder(place, ranks)
         lock = RunLock(folder.folder, take_over)
