@@ -97,12 +97,12 @@ class ShardedModel:
         _lay_out(model, ranks, device, kept, sent=like is None)
         self._root: Any = fully_shard(_Root(model), **options)
         self.abandoned = False
-        self._order: list[Any] = []  # layers as a pass enters them
+        self._order: list[Any] = []  # the root and the layers as a pass enters them
         self._reached: list[Any] = []  # in this pass, before and
         self._entered: list[Any] = []  # after each was gathered
-        for layer in layers:
-            layer.register_forward_pre_hook(lambda m, _: self._reached.append(m), prepend=True)
-            layer.register_forward_pre_hook(lambda m, _: self._entered.append(m))
+        for module in (self._root, *layers):
+            module.register_forward_pre_hook(lambda m, _: self._reached.append(m), prepend=True)
+            module.register_forward_pre_hook(lambda m, _: self._entered.append(m))
         if like is not None:
             with torch.no_grad():
                 for own, other in zip(model.parameters(), like.model.parameters(), strict=True):
