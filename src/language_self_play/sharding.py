@@ -100,9 +100,9 @@ class ShardedModel:
         self._order: list[Any] = []  # the root and the layers as a pass enters them
         self._reached: list[Any] = []  # in this pass, before and
         self._entered: list[Any] = []  # after each was gathered
-        for module in (self._root, *layers):
-            module.register_forward_pre_hook(lambda m, _: self._reached.append(m), prepend=True)
-            module.register_forward_pre_hook(lambda m, _: self._entered.append(m))
+        for part in (self._root, *layers):
+            part.register_forward_pre_hook(lambda m, _: self._reached.append(m), prepend=True)
+            part.register_forward_pre_hook(lambda m, _: self._entered.append(m))
         if like is not None:
             with torch.no_grad():
                 for own, other in zip(model.parameters(), like.model.parameters(), strict=True):
