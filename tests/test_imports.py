@@ -52,6 +52,7 @@ ROOMS = [
             *["evaluate.win_rate", "evaluate.length_control", "evaluate.outputs"],
             *["evaluate.pair_report", "evaluate.pair_judges", "evaluate.answers"],
             *["evaluate.pass_at_k", "evaluate.outcomes", "evaluate.exam"],
+            *["evaluate.contest", "evaluate.measures"],
             *[
                 "evaluate.harness",
                 "evaluate.kept",
@@ -107,6 +108,8 @@ ROOMS = [
     ("the mathematics", ["advantages", "losses", "logprobs", "attention", "randomness"]),
     ("text", ["prompts", "markdown"]),
     ("settings", ["config"]),
+    ("their sections", ["config_evaluation"]),
+    ("what more of them are made of", ["config_rewards", "config_types"]),
     (
         "what settings are made of, types",
         [
@@ -131,7 +134,7 @@ BESIDE = {
     "cli.eval_table": {"cli"},
     "cli.eval_harness": {"cli", "cli.evaluate"},
     "evaluate.answers": {"evaluate.kept"},
-    "evaluate.harness": {"evaluate"},
+    "evaluate.harness": {"evaluate", "evaluate.outcomes"},
     "cli.eval_accuracy": {"cli", "cli.evaluate", "cli.overrides"},
     "cli.play": {"cli", "cli.overrides"},
     "cli.recipes": {"cli"},
@@ -141,11 +144,21 @@ BESIDE = {
     "evaluate.outputs": {"evaluate", "evaluate.win_rate"},
     "evaluate.pair_judges": {"evaluate", "evaluate.outputs", "evaluate.win_rate"},
     "evaluate.pair_report": {
-        *["evaluate", "evaluate.length_control", "evaluate.outputs", "evaluate.win_rate"],
+        *["evaluate", "evaluate.intervals", "evaluate.length_control", "evaluate.outcomes"],
+        *["evaluate.outputs", "evaluate.win_rate"],
     },
     "evaluate.win_rate": {"evaluate", "evaluate.intervals"},
     "evaluate.accuracy": {"evaluate", "evaluate.intervals", "evaluate.outcomes"},
     "evaluate.exam": {"evaluate", "evaluate.outcomes"},
+    "evaluate.contest": {
+        *["evaluate", "evaluate.exam", "evaluate.outcomes", "evaluate.outputs"],
+        *["evaluate.pair_judges", "evaluate.pair_report"],
+    },
+    "evaluate.measures": {
+        *["evaluate", "evaluate.accuracy", "evaluate.contest", "evaluate.exam"],
+        *["evaluate.harness", "evaluate.outcomes"],
+    },
+    "config_rewards": {"config_types"},
     "evaluate.kept": {"evaluate", "evaluate.outcomes"},
     "evaluate.scores": {
         *["evaluate", "evaluate.outcomes", "evaluate.outputs", "evaluate.win_rate", "model_card"],
@@ -186,10 +199,10 @@ ALONE += ["evaluate.intervals", "evaluate.length_control", "evaluate.pass_at_k"]
 
 # Third-party library -> the modules that may import it. Anything else is an error.
 LIBRARIES = {
-    "numpy": {"evaluate.intervals", "evaluate.length_control"},
+    "numpy": {"evaluate.intervals", "evaluate.length_control", "evaluate.harness"},
     "lm_eval": {"evaluate.harness"},
     "matplotlib": {"evaluate.table_files"},
-    "pydantic": {"config", "settings"},
+    "pydantic": {"config", "config_evaluation", "config_rewards", "config_types", "settings"},
     "math_verify": {"rewards.mathematics"},
     "tomli_w": {"config"},
     "rich": {
@@ -224,6 +237,7 @@ LIBRARIES = {
         "sharding",
         "shared_prompt",
         "evaluate.accuracy",
+        "evaluate.harness",
         "arena.pretrain",
         "arena.tiny_model",
     },
@@ -235,6 +249,7 @@ LIBRARIES = {
         "decoding",
         "distributed",
         "evaluate.accuracy",
+        "evaluate.harness",
         "forward",
         "game",
         "lean_decoder",

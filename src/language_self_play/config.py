@@ -9,63 +9,49 @@ and an unknown name with the nearest known one (settings.py). Defaults are the p
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import pydantic
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from language_self_play.config_evaluation import Eval as Eval
+from language_self_play.config_evaluation import Harness as Harness
+from language_self_play.config_evaluation import QuestionSet as QuestionSet
+from language_self_play.config_evaluation import WinRateSet as WinRateSet
+from language_self_play.config_rewards import ArenaReward as ArenaReward
+from language_self_play.config_rewards import JudgeReward as JudgeReward
+from language_self_play.config_rewards import MajorityReward as MajorityReward
+from language_self_play.config_rewards import PythonReward as PythonReward
+from language_self_play.config_rewards import Reward as Reward
+from language_self_play.config_rewards import RewardModelReward as RewardModelReward
+from language_self_play.config_rewards import Verifier as Verifier
+from language_self_play.config_rewards import VerifierReward as VerifierReward
+from language_self_play.config_types import (
+    DEVICE,
+    AtLeastTwo,
+    Decay,
+    Flag,
+    Name,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Nucleus,
+    PositiveFloat,
+    PositiveInt,
+    Sampling,
+    Section,
+    Table,
+    Texts,
+)
 from language_self_play.errors import ConfigError
 from language_self_play.recipe_files import load_recipe, merge, recipe_names
 from language_self_play.settings import sentences
 
-# Strict: true is no number, and "5" neither.
-PositiveInt = Annotated[int, Field(strict=True, gt=0)]
-NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
-AtLeastTwo = Annotated[int, Field(strict=True, ge=2)]
-Float = Annotated[float, Field(strict=True)]
-PositiveFloat = Annotated[float, Field(strict=True, gt=0.0)]
-NonNegativeFloat = Annotated[float, Field(strict=True, ge=0.0)]
-Nucleus = Annotated[float, Field(strict=True, gt=0.0, le=1.0)]
-Decay = Annotated[float, Field(strict=True, ge=0.0, lt=1.0)]
-Flag = Annotated[bool, Field(strict=True)]
-Name = Annotated[str, Field(min_length=1)]
-# The name of a question set is part of metrics' names.
-SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
-Texts = str | Annotated[list[str], Field(min_length=1)]
-
-
-# Below it several answers to one question tell hardly more than one.
-SPREADING_TEMPERATURE = 0.1
 IMPORTANCE_CAP = 2.0
 # Below, vLLM 0.32 samples at the lowest without saying so; above, it refuses.
 VLLM_TEMPERATURES = (0.01, 2.0)
-
-DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
-
-
-class Section(BaseModel):
-    """A frozen table of settings; unknown names are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Sampling(Section):
-    """How one role's completions are drawn."""
-
-    temperature: PositiveFloat = Field(
-        1.0, description="Sampling temperature τ; log-probs are of softmax(logits / τ). Our choice."
-    )
-    top_p: Nucleus = Field(
-        1.0,
-        description="Nucleus of the distribution that is sampled from; below 1 biases the gradient.",
-    )
-    top_k: NonNegativeInt = Field(
-        0, description="Tokens sampled from, 0 for all; above 0 biases the gradient."
-    )
 
 
 class Lora(Section):
@@ -163,165 +149,6 @@ class SelfReward(Section):
     temperature: PositiveFloat = Field(
         1.0, description="Temperature of the judge in mode `generate`. Our choice."
     )
-
-
-class RewardSection(Section):
-    weight: Float = Field(1.0, description="Weight of this reward in the sum R(q, a).")
-
-
-class ArenaReward(RewardSection):
-    """1 for the one right answer to an arena query, 0 otherwise."""
-
-    kind: Literal["arena"]
-
-
-class PythonReward(RewardSection):
-    """A function of yours: `def reward(queries: list[str], answers: list[str]) -> list[float]`."""
-
-    kind: Literal["python"]
-    function: str = Field(
-        description="`module:function`; one number for each (query, answer) pair. A function with a"
-        " third parameter `keys` also gets data.answer_column's values."
-    )
-
-
-class RewardModelReward(RewardSection):
-    """The score of a sequence-classification model, such as Skywork-Reward or OpenAssistant's."""
-
-    kind: Literal["reward_model"]
-    path: Name = Field(description="The reward model: a folder or a hub id.")
-    format: Literal["auto", "chat", "pair"] = Field(
-        "auto",
-        description="How (query, answer) is read: through the chat template, or as a pair of texts;"
-        " auto is chat where the tokenizer has a template.",
-    )
-    bound: Literal["none", "sigmoid", "standardize"] = Field(
-        "none",
-        description="The score as it is (the paper's), its sigmoid, or less the step's mean and over"
-        " its standard deviation.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Type of its weights; auto is that of the run."
-    )
-    device: str = Field(
-        "auto", pattern=DEVICE, description="Where it runs; auto is the device of the run."
-    )
-    max_tokens: PositiveInt = Field(
-        4096, description="Longest pair in tokens; of a longer one the query's beginning is cut."
-    )
-    tokens_per_batch: PositiveInt = Field(
-        16_384, description="Tokens of one forward pass; changes memory, not results."
-    )
-    trust_remote_code: Flag = Field(
-        False, description="Run the Python code that the model's authors ship with its weights."
-    )
-
-
-class Verifier(Section):
-    method: Literal["math", "exact", "regex", "code"] = Field(
-        description="math: equal as mathematics (math-verify); exact: equal texts; regex: `pattern`'s"
-        " first group equals the key, or without keys `pattern` is found; code: the key's unit tests"
-        " pass in a sandbox."
-    )
-    pattern: str | None = Field(None, description="Python regular expression of method `regex`.")
-    timeout_s: PositiveFloat = Field(
-        10.0, description="Seconds after which a check is killed and counts as failed."
-    )
-    workers: PositiveInt | None = Field(
-        None, description="Checks that run at once; by default one for each CPU core."
-    )
-    memory_mib: PositiveInt = Field(
-        1024, description="Address space of each process of a program in method `code`, in MiB."
-    )
-
-    @pydantic.model_validator(mode="after")
-    def _agree(self) -> Self:
-        _check_pattern(self.method, self.pattern)
-        return self
-
-
-class VerifierReward(Verifier, RewardSection):
-    """1 for an answer that agrees with the key of its query (data.answer_column), 0 otherwise."""
-
-    kind: Literal["verifier"]
-
-
-class MajorityReward(RewardSection):
-    """1 for an answer that agrees with most answers to its query, 0 otherwise; needs no key."""
-
-    kind: Literal["majority"]
-    method: Literal["math", "exact", "regex"] = Field(
-        "math",
-        description="What of an answer is compared: its last mathematical expression (math-verify),"
-        " all of it, or the first group of `pattern`.",
-    )
-    pattern: str | None = Field(None, description="Python regular expression of method `regex`.")
-    timeout_s: PositiveFloat = Field(
-        10.0, description="Seconds after which a comparison is killed and counts as unequal."
-    )
-    workers: PositiveInt | None = Field(
-        None, description="Comparisons that run at once; by default one for each CPU core."
-    )
-
-    @pydantic.model_validator(mode="after")
-    def _agree(self) -> MajorityReward:
-        _check_pattern(self.method, self.pattern)
-        return self
-
-
-class JudgeReward(RewardSection):
-    """A language model's score over an OpenAI-compatible endpoint, divided by `max_score`."""
-
-    kind: Literal["judge"]
-    base_url: Name = Field(description="The endpoint, such as https://api.openai.com/v1.")
-    model: Name = Field(description="The judge's name at the endpoint.")
-    api_key_env: Name = Field(
-        "OPENAI_API_KEY",
-        description="Environment variable that holds the key; the key itself is never written.",
-    )
-    prompt: str = Field(
-        "default",
-        description="`default`, or a text file in which {query}, {answer} and {max_score} are"
-        ' replaced; it asks for a reply with {"score": NUMBER}.',
-    )
-    max_score: PositiveFloat = Field(10.0, description="Highest score; the lowest is 0.")
-    temperature: NonNegativeFloat = Field(0.0, description="The judge's temperature.")
-    max_tokens: PositiveInt = Field(512, description="Longest reply of the judge.")
-    concurrency: PositiveInt = Field(16, description="Requests in flight at once.")
-    timeout_s: PositiveFloat = Field(60.0, description="Seconds after which a request is given up.")
-    retries: NonNegativeInt = Field(
-        6,
-        description="Times a request is repeated, with growing pauses, after 408, 429, 5xx, a time-out,"
-        " a lost connection, broken JSON or a reply without a score; after the last one the run"
-        " pauses, resumable, or if it is the reply of one pair alone that pair takes a mean.",
-    )
-    cache: str | None = Field(
-        None,
-        description="File that keeps replies, so that none is paid for twice; by default in the"
-        " user's cache folder.",
-    )
-    usd_per_million_input_tokens: NonNegativeFloat = Field(0.0, description="Price, for the count.")
-    usd_per_million_output_tokens: NonNegativeFloat = Field(
-        0.0, description="Price, for the count."
-    )
-
-
-Reward = Annotated[
-    ArenaReward | PythonReward | RewardModelReward | VerifierReward | MajorityReward | JudgeReward,
-    Field(discriminator="kind"),
-]
-
-
-def _check_pattern(method: str, pattern: str | None) -> None:
-    if (method == "regex") != (pattern is not None):
-        wanted = "needs a pattern" if pattern is None else "reads no pattern; leave it out"
-        raise ValueError(f'method = "{method}" {wanted}')
-    try:
-        compiled = re.compile(pattern or "")
-    except re.error as error:
-        raise ValueError(f"pattern = {pattern!r}: no regular expression ({error})") from None
-    if pattern is not None and compiled.groups < 1:
-        raise ValueError(f"pattern = {pattern!r}: has no group; put what is compared in (…)")
 
 
 class Learner(Section):
@@ -447,20 +274,6 @@ class Rollout(Section):
     vllm: Vllm = Vllm()
 
 
-class Table(Section):
-    """Where rows come from, and which of their columns are read."""
-
-    path: str | None = None
-    subset: str | None = Field(None, description="Configuration of a hub data set, such as `main`.")
-    split: str = Field("train", description="Split of a data set with several.")
-    column: str | None = Field(
-        None,
-        description="Column that holds the query; by default the first of `prompt`, `query`,"
-        " `question`, `instruction` (with Alpaca's `input`), `messages` and `problem`.",
-    )
-    answer_column: str | None = None
-
-
 class Data(Table):
     path: str | None = Field(
         None,
@@ -469,71 +282,6 @@ class Data(Table):
     )
     answer_column: str | None = Field(
         None, description="Column that holds the key by which a verifier checks answers."
-    )
-
-
-class QuestionSet(Verifier, Sampling, Table):
-    """Questions with keys, on which the policy's accuracy is measured while it trains."""
-
-    path: Name = Field(
-        description="The questions: a JSONL file, a file or folder that `datasets` reads, or a hub id."
-    )
-    split: str = Field("test", description="Split of a data set with several.")
-    answer_column: str | None = Field(
-        None,
-        description="Column that holds the keys; by default the first of `answer`, `test`, `test_list`"
-        " and `solution`.",
-    )
-    method: Literal["auto", "math", "exact", "regex", "code"] = Field(  # type: ignore[assignment]
-        "auto",
-        description="How answers are checked, as a verifier does: math, exact, regex, code; auto is"
-        " code for keys in `test` and `test_list`, and math for others.",
-    )
-    prompt: str = Field(
-        "{query}", description="What is asked, with {query} where the question stands."
-    )
-    limit: NonNegativeInt = Field(
-        200, description="Questions asked, the same ones in every run; 0 for all."
-    )
-    num_answers: PositiveInt = Field(1, description="Answers to each question.")
-    pass_at: list[PositiveInt] = Field(
-        default_factory=lambda: [1],
-        min_length=1,
-        description="Each k of pass@k: the chance that one of k answers is right.",
-    )
-    temperature: PositiveFloat = Field(
-        0.01, description="Sampling temperature; the default is the paper's at evaluation."
-    )
-    top_p: Nucleus = Field(1.0, description="Nucleus of the distribution that is sampled from.")
-    top_k: NonNegativeInt = Field(0, description="Tokens sampled from, 0 for all.")
-    max_tokens: PositiveInt = Field(1024, description="Longest answer, in tokens.")
-
-    @pydantic.model_validator(mode="after")
-    def _can_measure(self) -> Self:
-        if "{query}" not in self.prompt:
-            raise ValueError(f"prompt = {self.prompt!r}: needs {{query}} where the question stands")
-        if max(self.pass_at) > self.num_answers:
-            raise ValueError(
-                f"pass_at = {self.pass_at}: pass@{max(self.pass_at)} takes as many answers to each"
-                f" question, and num_answers = {self.num_answers}"
-            )
-        if self.num_answers > 1 and self.temperature < SPREADING_TEMPERATURE:
-            raise ValueError(
-                f"num_answers = {self.num_answers}: at temperature = {self.temperature} all answers to"
-                " a question are nearly the same; set a higher one, such as 0.8"
-            )
-        return self
-
-
-class Eval(Section):
-    tasks: list[Literal["arena"]] = Field(
-        default_factory=list,
-        description="What to evaluate while training: held-out arena questions.",
-    )
-    every: PositiveInt = Field(50, description="Steps between evaluations; first and last always.")
-    accuracy: dict[SetName, QuestionSet] = Field(
-        default_factory=dict,
-        description="Question sets by name, each evaluated beside `eval.tasks`.",
     )
 
 

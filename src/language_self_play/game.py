@@ -17,12 +17,12 @@ from language_self_play.config import Config, as_list
 from language_self_play.data import Question, load_queries, place_of, queries_of_step
 from language_self_play.distributed import ALONE, Ranks, device_of_rank, threads_of_rank
 from language_self_play.errors import ConfigError, NonFiniteError
-from language_self_play.evaluate.accuracy import arena_accuracy, evaluation_batches
-from language_self_play.evaluate.exam import Exam
-from language_self_play.evaluate.outcomes import Evaluation, set_metrics
+from language_self_play.evaluate.accuracy import evaluation_batches
+from language_self_play.evaluate.measures import Measures
+from language_self_play.evaluate.outcomes import Evaluation
 from language_self_play.guard import in_words, places_of_logprobs, refuse_nonfinite
 from language_self_play.learner import Learner, StepResult
-from language_self_play.metrics import Turn, finite
+from language_self_play.metrics import Turn
 from language_self_play.players import (
     ChallengerPrompt,
     check_challenger_prompt,
@@ -50,7 +50,7 @@ from language_self_play.sampling.transformers import TransformersSampler
 from language_self_play.sampling.vllm import VllmSampler, check_vllm
 from language_self_play.sampling.vllm_server import check_server
 from language_self_play.signals import Stops
-from language_self_play.types import Group, Posed, Solved
+from language_self_play.types import Posed, Solved
 
 # Of a query within the chat template: a normalizer may spell characters out, a template repeat it.
 MOST_TOKENS_PER_BYTE = 4
@@ -77,7 +77,7 @@ class Game:
     challenger_prompts: list[ChallengerPrompt]
     questions: list[Question]
     evaluation: RowBatches
-    exams: list[Exam] = field(default_factory=list)
+    measures: Measures
     stops: Stops = field(default_factory=Stops)
     ranks: Ranks = ALONE
     version: int | None = None  # of the weights, while they may be written: until their update
@@ -98,8 +98,7 @@ class Game:
     def __exit__(self, *error: object) -> None:
         self.sampler.close()
         self.reward.close()
-        for exam in self.exams:
-            exam.close()
+        self.measures.close()
 
     @property
     def in_arena(self) -> bool:
@@ -277,40 +276,24 @@ class Game:
             self.sampler.version,
         )
 
-    def evaluate(self) -> Evaluation:
-        """What config.eval asks for, of the current weights.
+    def evaluate(self, run: RunFolder, step: int) -> Evaluation:
+        """What config.eval asks for of version `step`, the current weights.
 
-        All ranks sample; the first one alone computes what is exact, and checks the answers.
+        All ranks sample; the first one alone computes what is exact, checks the answers and asks judges.
         """
-        chat, system_prompt = self.policy.chat, self.config.solver.system_prompt
-        context = self.sampler.context_length
-        drawn = [
-            exam.draw(self.sampler, exam.prompts(chat, context, system_prompt))
-            for exam in self.exams
-        ]
-        return Evaluation(*self.ranks.once(self._evaluation, drawn))
-
-    def _evaluation(self, drawn: list[list[Group]]) -> Evaluation:
-        metrics: Record = {}
-        questions: list[Record] = []
-        if "arena" in self.config.eval.tasks:
-            system_prompt = self.config.solver.system_prompt
-            accuracy = arena_accuracy(
-                self.policy.whole, self.policy.chat, self.evaluation, system_prompt
-            )
-            metrics |= accuracy.metrics()
-            questions += accuracy.records()
-        for exam, groups in zip(self.exams, drawn, strict=True):
-            answered = exam.mark(groups)
-            metrics |= set_metrics(exam.name, answered, exam.section.pass_at)
-            questions += answered
-        return Evaluation(finite(metrics), questions)
+        drawn = self.measures.draw(step, self.sampler)
+        measure = self.measures.evaluation
+        found = self.ranks.once(measure, step, drawn, self.policy, self.evaluation, run)
+        evaluation = Evaluation(*found)
+        for reason in evaluation.trouble:
+            run.event("unjudged", step=step, reason=reason)
+        return evaluation
 
 
 def prepare(config: Config, ranks: Ranks = ALONE) -> Game:
     """Check everything that needs no weights, then load them."""
     torch.set_num_threads(config.threads or threads_of_rank(ranks.place))
-    device, reward, questions, exams = check_without_weights(config, ranks)
+    device, reward, questions, measures = check_without_weights(config, ranks)
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")
     threads = torch.get_num_threads()
     # Of several ranks each has a GPU of its own, and settings are the same for all.
@@ -323,6 +306,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Game:
     policy.gather()
     if ranks.is_first:
         reward.load(device)
+        measures.load()
     sampler: Sampler = TransformersSampler(
         policy.whole, policy.chat, config.seed, config.rollout.batch_size, ranks=ranks
     )
@@ -344,15 +328,15 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Game:
         prompts,
         questions,
         evaluation_batches(config.learner.tokens_per_micro_batch),
-        exams,
+        measures,
         ranks=ranks,
     )
 
 
 def check_without_weights(
     config: Config, ranks: Ranks = ALONE
-) -> tuple[torch.device, RewardSum, list[Question], list[Exam]]:
-    """Device, reward, GRPO's questions, exams: what can be wrong before weights load shows here.
+) -> tuple[torch.device, RewardSum, list[Question], Measures]:
+    """Device, reward, GRPO's questions, evaluations: what can be wrong before weights load shows here.
 
     Raises ConfigError, InputFileError, ModelError or RewardError.
     """
@@ -379,10 +363,9 @@ def check_without_weights(
             check_challenger_prompt(chat.encode(prompt.text), context)
     if config.algorithm == "lsp":
         JudgeQuestions(config.self_reward, chat, context)
-    exams = [Exam(name, section) for name, section in config.eval.accuracy.items()]
-    for exam in exams:
-        exam.prompts(chat, context, config.solver.system_prompt)
-    return device, reward, questions, exams
+    measures = Measures(config, str(device))
+    measures.check_prompts(chat, context)
+    return device, reward, questions, measures
 
 
 def check_engine(config: Config, device: torch.device) -> None:

@@ -9,6 +9,7 @@ from language_self_play.config import Config
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from language_self_play.data import Question
     from language_self_play.memory import MemoryEstimate, Turn
 
 BYTES_PER_GIB = 2**30
@@ -27,7 +28,8 @@ def print_plan(config: Config) -> None:
     from language_self_play.memory import memory_estimate
 
     console = Console()
-    turns = longest_turns(config)
+    questions, evaluations = checked(config)
+    turns = longest_turns(config, questions)
     estimate = memory_estimate(config, list(turns.values()), judge_turn(config))
     table = Table(title="One step", title_justify="left")
     table.add_column("")
@@ -41,6 +43,8 @@ def print_plan(config: Config) -> None:
             "This model has a kind of attention that knows no shared prompts: a prompt is computed, and in"
             " sampling kept, once for each of its completions."
         )
+    for sentence in evaluations:
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     console.print("No weights were loaded. Run it without --dry-run to play.")
 
 
@@ -61,19 +65,30 @@ def _memory_table(estimate: MemoryEstimate) -> Table:
     return table
 
 
-def longest_turns(config: Config) -> dict[str, Turn]:
-    """The longest turn that each role can play.
+def checked(config: Config) -> tuple[list[Question], list[str]]:
+    """(GRPO's questions, a sentence for each evaluation that costs something).
+
+    Raises what a run would raise before it loads weights.
+    """
+    from language_self_play.game import check_without_weights
+
+    _, reward, questions, measures = check_without_weights(config)
+    reward.close()
+    measures.close()
+    return questions, measures.plan()
+
+
+def longest_turns(config: Config, questions: list[Question] | None = None) -> dict[str, Turn]:
+    """The longest turn that each role can play; GRPO's `questions` are read where they are not given.
 
     Raises what a run would raise before it loads weights.
     """
     from language_self_play.chat import load_chat
-    from language_self_play.game import challenger_prompts, check_without_weights
+    from language_self_play.game import challenger_prompts
     from language_self_play.memory import Turn
 
-    _, reward, questions, exams = check_without_weights(config)
-    reward.close()
-    for exam in exams:
-        exam.close()
+    if questions is None:
+        questions, _ = checked(config)
     chat = load_chat(config.policy)
     N, G = config.challenger.num_queries, config.solver.group_size
     if config.algorithm == "grpo":

@@ -172,12 +172,12 @@ class LiveBar(Silent):
 
 
 def headline(record: Record, first: Record | None = None) -> str:
-    """The numbers that matter: accuracies, V̄, V_Q, KL of both roles, validity.
+    """The numbers that matter: accuracies and win rates, V̄, V_Q, KL of both roles, validity.
 
-    An accuracy stands with its difference to that of the record `first`, in percentage points.
+    An evaluation stands with its difference to that of the record `first`, in percentage points.
     """
     parts = []
-    for key, name in accuracies(record).items():
+    for key, name in evaluations(record).items():
         before = (first or {}).get(key)
         change = "" if before in (None, record[key]) else f" ({100 * (record[key] - before):+.1f})"
         parts.append(f"{name} {record[key]:.1%}{change}")
@@ -195,12 +195,18 @@ def headline(record: Record, first: Record | None = None) -> str:
     return "  ".join(parts)
 
 
-def accuracies(record: Record) -> dict[str, str]:
-    """Metric -> name, of the accuracies in a record: the arena's, then those of question sets."""
+def evaluations(record: Record) -> dict[str, str]:
+    """Metric -> name, of what was evaluated: the arena, question sets, win rates, lm-eval's accuracies."""
     found = {"eval/sampled_accuracy": "held-out"} if "eval/sampled_accuracy" in record else {}
     for key in record:
-        if key.startswith("eval/") and key.endswith("/accuracy"):
-            found[key] = key.removeprefix("eval/").removesuffix("/accuracy")
+        _, _, name = key.partition("eval/")
+        if name.startswith("harness/"):
+            if name.endswith(("/acc", "/exact_match")):
+                found[key] = name.removeprefix("harness/").replace("/", " ")
+        elif name.endswith("/accuracy"):
+            found[key] = name.removesuffix("/accuracy")
+        elif name.endswith("/win_rate"):
+            found[key] = f"{name.removesuffix('/win_rate')} win rate"
     return found
 
 

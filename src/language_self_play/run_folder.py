@@ -168,7 +168,7 @@ class RunFolder:
             value = now.get(name)
             # Unset, they are what they were when the run began.
             unset = name in RESOLVED and value in (None, "auto")
-            if value != before.get(name) and not unset and not name.startswith(RESUMABLE):
+            if value != before.get(name) and not unset and not may_change(name):
                 raise ConfigError(
                     f"{name} = {value!r}: was {before.get(name)!r} when the run began, and a resumed"
                     f" run may change only {', '.join(RESUMABLE)}; start a new run instead"
@@ -344,6 +344,11 @@ def unwritable(place: str | Path, error: OSError) -> RunFolderError:
     sentence = RunFolderError(f"{place}: can't be written ({error.strerror})")
     sentence.errno = error.errno
     return sentence
+
+
+def may_change(name: str) -> bool:
+    """Whether a resumed run may change the setting: RESUMABLE names it, or it is an evaluation's cadence."""
+    return name.startswith(RESUMABLE) or (name.startswith("eval.") and name.endswith(".every"))
 
 
 def step_of(path: Path) -> int:

@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from language_self_play.arena.tasks import TIERS
-from language_self_play.progress import accuracies, game_pieces, is_judged, is_scored
+from language_self_play.progress import evaluations, game_pieces, is_judged, is_scored
 from language_self_play.run_folder import Record, RunFolder, command_name
 
 
@@ -78,16 +78,17 @@ def accuracy_table(before: Record, after: Record) -> Any:
 
 
 def changes_of_sets(records: list[Record]) -> list[str]:
-    """A line for each question set: accuracy at its first and its last evaluation, and the change."""
+    """A line for each set: accuracy or win rate at its first and its last evaluation, and the change."""
     lines = []
-    for key, name in accuracies({k: None for record in records for k in record}).items():
-        values = [(r[key], r[f"{key}_ci95"]) for r in records if key in r]
-        if key.endswith("/accuracy") and len(values) > 1:
+    for key, name in evaluations({k: None for record in records for k in record}).items():
+        values = [(r[key], r[f"{key}_ci95"]) for r in records if key in r and f"{key}_ci95" in r]
+        if key != "eval/sampled_accuracy" and len(values) > 1:
             before, after = (
                 f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in (values[0], values[-1])
             )
             change = 100 * (values[-1][0] - values[0][0])
-            lines.append(f"{name}, accuracy in %: {before} before, {after} after, {change:+.1f}")
+            what = f"{name}, accuracy" if key.endswith("/accuracy") else name
+            lines.append(f"{what} in %: {before} before, {after} after, {change:+.1f}")
     return lines
 
 

@@ -173,7 +173,7 @@ def play(game: Game, run: RunFolder, start: int, progress: Progress) -> None:
 
     for step in range(start, config.steps):
         sync(step)  # on-policy: the sampler holds θ_step
-        evaluation = evaluate() if step % config.eval.every == 0 else NOTHING
+        evaluation = evaluate(run, step) if game.measures.is_due(step) else NOTHING
         posed = pose(step)  # q_i ~ π_θ(· | challenger prompt); None in GRPO
         queries, keys = (posed.queries, None) if posed else game.questions_of_step(step)
         solved = answer(sampler, queries, config.solver)  # a_ij ~ π_θ(· | q_i)
@@ -197,7 +197,7 @@ def play(game: Game, run: RunFolder, start: int, progress: Progress) -> None:
             pause(game, run, step + 1)
 
     sync(config.steps)
-    evaluation = evaluate()
+    evaluation = evaluate(run, config.steps)
     game.stops.commit()
     if evaluation.metrics:
         run.record({"step": config.steps, **evaluation.metrics}, [], evaluation.questions)

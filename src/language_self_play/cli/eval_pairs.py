@@ -248,9 +248,9 @@ def _side(name: str, setting: str, instructions: Sequence[Output]) -> Any:
     """Answers from a file that belong to `instructions`; or what to load, and its system prompt."""
     path = Path(name)
     if path.is_file() or (name.endswith(FILE_SUFFIXES) and not path.is_dir()):
-        from language_self_play.evaluate.outputs import read_outputs
+        from language_self_play.evaluate.outputs import in_order, read_outputs
 
-        return _in_order(path, read_outputs(path, setting), instructions)
+        return in_order(path, read_outputs(path, setting), instructions)
 
     from language_self_play.evaluate.subject import subject
     from language_self_play.pretrained import resolve_model
@@ -258,24 +258,6 @@ def _side(name: str, setting: str, instructions: Sequence[Output]) -> Any:
     section, system_prompt = subject(name, setting)
     resolve_model(section.path)  # what is no model, is told before the other side answers
     return section, system_prompt
-
-
-def _in_order(
-    path: Path, outputs: Sequence[Output], instructions: Sequence[Output]
-) -> list[Output]:
-    """The file's answers in the order of the instructions. Raises InputFileError unless they match."""
-    by_text = {output.instruction: output for output in outputs}
-    missing = [i.instruction for i in instructions if i.instruction not in by_text]
-    wanted = {i.instruction for i in instructions}
-    extra = [text for text in by_text if text not in wanted]
-    for what, texts in (("no answer to", missing), ("answers beside", extra)):
-        if texts:
-            raise InputFileError(
-                f"{path}: has {what} the {len(instructions)} instructions of this evaluation:"
-                f" {len(texts)} of them, such as {texts[0][:60]!r}; give both sides the same"
-                " instructions (and a file with just these, if fewer are meant)"
-            )
-    return [by_text[i.instruction]._replace(dataset=i.dataset) for i in instructions]
 
 
 def _outputs(

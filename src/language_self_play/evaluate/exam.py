@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from language_self_play.chat import Chat
 from language_self_play.config import QuestionSet
-from language_self_play.data import KeyedQuestion, load_keyed_questions
+from language_self_play.data import load_keyed_questions
 from language_self_play.errors import ConfigError
 from language_self_play.evaluate.outcomes import Record
 from language_self_play.randomness import permutation, stream_key
@@ -16,6 +17,8 @@ from language_self_play.types import Group
 
 # Which questions a limit leaves does not depend on a run's seed: all runs are asked the same.
 CHOICE_SEED = 0
+
+T = TypeVar("T")
 
 
 class Exam:
@@ -50,18 +53,8 @@ class Exam:
         self, chat: Chat, context_length: int, system_prompt: str | None = None
     ) -> list[list[int]]:
         """The tokens of every question. Raises ConfigError for one that leaves no room to answer."""
-        prompts = []
-        for question in self.questions:
-            text = self.section.prompt.replace("{query}", question.query)
-            tokens = chat.encode(text, system_prompt)
-            if len(tokens) >= context_length:
-                raise ConfigError(
-                    f"{self.setting}: question {question.id!r} takes {len(tokens)} tokens, and the"
-                    f" model's context has only {context_length}; remove it, or use a model with a"
-                    " longer context"
-                )
-            prompts.append(tokens)
-        return prompts
+        asked = [(q.id, self.section.prompt.replace("{query}", q.query)) for q in self.questions]
+        return fitting_prompts(self.setting, asked, chat, context_length, system_prompt)
 
     def ask(
         self, sampler: Sampler, prompts: Sequence[list[int]], start: int = 0, end: int | None = None
@@ -107,7 +100,27 @@ class Exam:
         ]
 
 
-def chosen(questions: list[KeyedQuestion], limit: int) -> list[KeyedQuestion]:
+def fitting_prompts(
+    setting: str,
+    asked: Sequence[tuple[str, str]],
+    chat: Chat,
+    context_length: int,
+    system_prompt: str | None,
+) -> list[list[int]]:
+    """The tokens of each (id, text). Raises ConfigError for one that leaves no room to answer."""
+    prompts = []
+    for identity, text in asked:
+        tokens = chat.encode(text, system_prompt)
+        if len(tokens) >= context_length:
+            raise ConfigError(
+                f"{setting}: question {identity!r} takes {len(tokens)} tokens, and the model's context"
+                f" has only {context_length}; remove it, or use a model with a longer context"
+            )
+        prompts.append(tokens)
+    return prompts
+
+
+def chosen(questions: list[T], limit: int) -> list[T]:
     """`limit` of the questions in their order, drawn once and for all; all of them for 0."""
     if limit == 0 or limit >= len(questions):
         return questions

@@ -2,7 +2,10 @@
 
 A question's record says `set` and `id`. In the arena it has `tier`, `task`, the exact `probability` of
 the right answer, and whether `greedy` decoding gives it; in a question set `query`, `key` and `answers`,
-each `text right tokens finish_reason`.
+each `text right tokens finish_reason`. Of a win rate it has the policy's `answer` and the `baseline`'s,
+`tokens` and `finish_reason`, the `judge` and its `preference`, from 1 (the baseline's) to 2, null without a
+verdict; `baseline_first` and `model_first`, the preferences in either order of a judge that sees both
+answers; and `dataset`, the prompt's subset, where there are subsets.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ ARENA = "arena"
 
 
 class Evaluation(NamedTuple):
-    """One evaluation of one model: its metrics, and every question's record."""
+    """One evaluation of one model: its metrics, every question's record, and what could not be had."""
 
     metrics: Record
     questions: list[Record]
+    trouble: Sequence[str] = ()
 
 
 def passes(question: Record, k: int) -> float:

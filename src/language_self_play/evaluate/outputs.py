@@ -91,6 +91,22 @@ def read_outputs(path: Path, setting: str) -> list[Output]:
     return outputs
 
 
+def in_order(path: Path, outputs: Sequence[Output], instructions: Sequence[Output]) -> list[Output]:
+    """The file's answers in the order of the instructions. Raises InputFileError unless they match."""
+    by_text = {output.instruction: output for output in outputs}
+    missing = [i.instruction for i in instructions if i.instruction not in by_text]
+    wanted = {i.instruction for i in instructions}
+    extra = [text for text in by_text if text not in wanted]
+    for what, texts in (("no answer to", missing), ("answers beside", extra)):
+        if texts:
+            raise InputFileError(
+                f"{path}: has {what} the {len(instructions)} instructions of this evaluation:"
+                f" {len(texts)} of them, such as {texts[0][:60]!r}; give both sides the same"
+                " instructions (and a file with just these, if fewer are meant)"
+            )
+    return [by_text[i.instruction]._replace(dataset=i.dataset) for i in instructions]
+
+
 def read_annotations(path: Path, setting: str) -> tuple[list[Annotation], list[str]]:
     """(judged pairs, the instructions of rows without a preference, because a judge gave none).
 

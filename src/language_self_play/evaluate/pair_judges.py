@@ -66,6 +66,8 @@ tie:
 """
 
 CHARACTERS_PER_TOKEN = 4  # of English text, for an estimate
+# Where the judge's settings come from on the command line. There the same command goes on.
+FLAGS = "--judge"
 KINDS = ("judge", "local", "reward_model", "python", "arena")
 # The policy's fields one by one: endpoints quote their "content policy. …", and files have names, too.
 SETTING = re.compile(
@@ -94,12 +96,27 @@ class Verdict(NamedTuple):
         return (self.baseline_first + self.model_first) / 2
 
 
+class Bound(NamedTuple):
+    """What judging takes at most: requests, or answers scored here; tokens and USD of an endpoint."""
+
+    requests: int
+    tokens_read: float = 0.0
+    tokens_written: int = 0
+    usd: float = 0.0
+
+
 class PairJudge(Protocol):
     """Judges pairs. `sees_order` says whether an answer's place could matter to it."""
 
     name: str
     sees_order: bool
     spent: dict[str, float]  # what judging has cost so far, by name
+
+    def load(self) -> None:
+        """Load what takes long: weights. Without it they are loaded when the first pair is judged."""
+
+    def bound(self, instructions: Sequence[str], answer_tokens: int) -> Bound:
+        """What judging a pair of each instruction would take at most, whatever is in a cache."""
 
     def plan(self, pairs: Sequence[Pair]) -> str:
         """One sentence: what judging these pairs would take."""
@@ -119,11 +136,27 @@ class EndpointJudge:
 
     sees_order = True
 
-    def __init__(self, judge: endpoint.Judge, template: str):
+    def __init__(self, judge: endpoint.Judge, template: str, setting: str = FLAGS):
         self.judge = judge
         self.template = template
+        self.setting = setting
         self.name = judge.section.model
         self.spent: dict[str, float] = {}
+
+    def load(self) -> None:
+        """Nothing: its weights are elsewhere."""
+
+    def bound(self, instructions: Sequence[str], answer_tokens: int) -> Bound:
+        """Of two answers of `answer_tokens` each, in both orders."""
+        section = self.judge.section
+        asked = [pair_prompt(self.template, text, "", "") for text in instructions]
+        read = 2 * (sum(map(len, asked)) / CHARACTERS_PER_TOKEN + 2 * answer_tokens * len(asked))
+        written = 2 * len(asked) * section.max_tokens
+        usd = (
+            read * section.usd_per_million_input_tokens
+            + written * section.usd_per_million_output_tokens
+        ) / 1e6
+        return Bound(2 * len(asked), read, written, usd)
 
     def prompts(self, pair: Pair) -> tuple[str, str]:
         """The questions with the baseline's answer first, and with the model's."""
@@ -161,12 +194,12 @@ class EndpointJudge:
             tell(start, len(prompts))
             part = prompts[start : start + at_once]
             try:
-                with named_as_flags():
+                with named_as(self.setting):
                     found, problem = self.judge.scores([prompt for both in part for prompt in both])
             except ServiceError as error:
-                raise ServiceError(
-                    f"{error}. The verdicts that came are kept: the same command goes on from them"
-                ) from None
+                kept = "The verdicts that came are kept"
+                goes_on = ": the same command goes on from them" if self.setting == FLAGS else ""
+                raise ServiceError(f"{error}. {kept}{goes_on}") from None
             finally:
                 for what, value in self.judge.costs().items():
                     self.spent[what] = self.spent.get(what, 0.0) + value
@@ -179,14 +212,12 @@ class EndpointJudge:
 
     def _tell(self, problem: Exception, scores: list[float | None]) -> None:
         """Raise why the first pair has no verdict if none has one, else warn of it."""
-        with named_as_flags():
+        with named_as(self.setting):
             if not any(score is not None for score in scores):
                 raise problem
-        said = as_flags(str(problem))
-        warnings.warn(
-            f"{said}; this pair, and others like it, are left out; the same command asks again",
-            stacklevel=3,
-        )
+        said = as_settings(str(problem), self.setting)
+        again = "; the same command asks again" if self.setting == FLAGS else ""
+        warnings.warn(f"{said}; this pair, and others like it, are left out{again}", stacklevel=3)
 
     def close(self) -> None:
         self.judge.close()
@@ -201,12 +232,23 @@ class ScoringJudge:
         self,
         name: str,
         score: Callable[[Sequence[Pair]], list[tuple[float, float]]],
+        load: Callable[[], None],
         close: Callable[[], None] = lambda: None,
     ):
         self.name = name
         self.spent: dict[str, float] = {}
         self._score = score
+        self._load = load
         self._close = close
+        self._loaded = False
+
+    def load(self) -> None:
+        if not self._loaded:
+            self._load()
+            self._loaded = True
+
+    def bound(self, instructions: Sequence[str], answer_tokens: int) -> Bound:
+        return Bound(2 * len(instructions))
 
     def close(self) -> None:
         self._close()
@@ -216,6 +258,7 @@ class ScoringJudge:
         return f"{len(pairs)} pairs: {len(answers)} answers to be scored by {self.name}, here"
 
     def __call__(self, pairs: Sequence[Pair], tell: Tell) -> list[Verdict]:
+        self.load()
         tell(0, len(pairs))
         verdicts = []
         for baseline, model in self._score(pairs):
@@ -291,111 +334,116 @@ def annotate(
 # ---------------------------------------------------------------- settings
 
 
-def build_pair_judge(settings: dict[str, Any], device: str = "auto") -> PairJudge:
+def build_pair_judge(
+    settings: dict[str, Any], device: str = "auto", setting: str = FLAGS
+) -> PairJudge:
     """The judge that the flags `--judge.FIELD` describe: those of a [reward.NAME] of the same kind.
 
     kind "judge" (the default) is an endpoint; "reward_model", "python" and "arena" are rewards; "local"
     is the built-in judge, a model at `path` with the settings of [self_reward]. Nothing is asked and
-    no weights are loaded. Raises ConfigError, InputFileError or ModelError.
+    no weights are loaded. Messages name fields as `setting`.FIELD. Raises ConfigError, InputFileError,
+    ModelError or RewardError.
     """
     kind = settings.get("kind", "judge")
     if kind not in KINDS:
-        raise ConfigError(f"--judge.kind = {kind!r}: is none of {', '.join(KINDS)}")
+        raise ConfigError(f"{setting}.kind = {kind!r}: is none of {', '.join(KINDS)}")
     if not settings:
         raise ConfigError(
-            "--judge: no judge is named; give --judge.base_url and --judge.model of an endpoint, or"
-            " --judge.kind reward_model or local and --judge.path"
+            f"{setting}: no judge is named; give {setting}.base_url and {setting}.model of an endpoint,"
+            f" or {setting}.kind reward_model or local and {setting}.path"
         )
     if "weight" in settings:
-        raise ConfigError("--judge.weight: a verdict on a pair has none; leave it out")
+        raise ConfigError(f"{setting}.weight: a verdict on a pair has none; leave it out")
     if kind == "local":
-        return _local_judge(settings, device)
-    with named_as_flags():
+        return _local_judge(settings, device, setting)
+    with named_as(setting):
         table = {"policy": {"path": "arena"}, "reward": {"judge": {"kind": kind} | settings}}
         config = Config.from_table(table)
         section = config.reward["judge"]
         if isinstance(section, JudgeReward):
-            return _endpoint_judge(section, config)
-        return _reward_judge(build_reward(config), kind, str(settings.get("path", kind)), device)
+            return _endpoint_judge(section, config, setting)
+        name = str(settings.get("path", kind))
+        return _reward_judge(build_reward(config), name, device, setting)
 
 
-def _endpoint_judge(section: JudgeReward, config: Config) -> EndpointJudge:
+def _endpoint_judge(section: JudgeReward, config: Config, setting: str) -> EndpointJudge:
     if section.max_score != JudgeReward.model_fields["max_score"].default:
         raise ConfigError(
-            f"--judge.max_score = {section.max_score:g}: a verdict on a pair is 0, 1 or 2; leave it out"
+            f"{setting}.max_score = {section.max_score:g}: a verdict on a pair is 0, 1 or 2; leave it out"
         )
     template = DEFAULT_PROMPT
     if section.prompt != "default":
-        template = read_text(Path(section.prompt), "--judge.prompt")
+        template = read_text(Path(section.prompt), f"{setting}.prompt")
         for needed in ("{query}", "{first}", "{second}"):
             if needed not in template:
                 raise ConfigError(
-                    f"--judge.prompt = {section.prompt!r}: the text has no {needed} to replace"
+                    f"{setting}.prompt = {section.prompt!r}: the text has no {needed} to replace"
                 )
     of_pairs = section.model_copy(update={"prompt": "default", "max_score": SECOND})
-    return EndpointJudge(endpoint.build("judge", of_pairs, config), template)
+    return EndpointJudge(endpoint.build("judge", of_pairs, config), template, setting)
 
 
-def _reward_judge(reward: RewardSum, kind: str, name: str, device: str) -> ScoringJudge:
-    loaded = False
+def _reward_judge(reward: RewardSum, name: str, device: str, setting: str) -> ScoringJudge:
+    def load() -> None:
+        with named_as(setting):
+            reward.load(choose_device(device))
 
     def score(pairs: Sequence[Pair]) -> list[tuple[float, float]]:
-        nonlocal loaded
-        with named_as_flags():
-            if not loaded:
-                reward.load(choose_device(device))
-                loaded = True
+        with named_as(setting):
             answers = [[pair.baseline, pair.model] for pair in pairs]
             return [(b, m) for b, m in reward([p.instruction for p in pairs], answers).tolist()]
 
-    return ScoringJudge(name, score, reward.close)
+    return ScoringJudge(name, score, load, reward.close)
 
 
-def _local_judge(settings: dict[str, Any], device: str) -> ScoringJudge:
+def _local_judge(settings: dict[str, Any], device: str, setting: str) -> ScoringJudge:
     fields = {key: value for key, value in settings.items() if key not in ("kind", "path")}
     path = settings.get("path")
     if not isinstance(path, str) or not path:
-        raise ConfigError(f"--judge.path = {path!r}: name the model that judges, or `arena`")
+        raise ConfigError(f"{setting}.path = {path!r}: name the model that judges, or `arena`")
     # One pass a pair, and its scores tie less often than the integers of mode `generate`.
     table = {
         "policy": {"path": path},
         "self_reward": {"mode": "expected"} | fields,
         "reward": {"judge": {"kind": "arena"}},
     }
-    with named_as_flags():
+    with named_as(setting):
         config = Config.from_table(table)
         section: SelfReward = config.self_reward
         context = context_length(load_model_config(path))
         JudgeQuestions(section, load_chat(config.policy), context)  # what is wrong shows here
     judge: QualityJudge | None = None
 
-    def score(pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+    def load() -> None:
         nonlocal judge
-        with named_as_flags():
-            if judge is None:
-                where = choose_device(device)
-                chat, model = load_chat_model(config.policy, where, choose_dtype("auto", where))
-                sampler = TransformersSampler(model, chat, 0, config.rollout.batch_size)
-                tokens = config.learner.tokens_per_micro_batch
-                judge = QualityJudge(sampler, section, tokens, lambda: nullcontext(model))
+        with named_as(setting):
+            where = choose_device(device)
+            chat, model = load_chat_model(config.policy, where, choose_dtype("auto", where))
+            sampler = TransformersSampler(model, chat, 0, config.rollout.batch_size)
+            tokens = config.learner.tokens_per_micro_batch
+            judge = QualityJudge(sampler, section, tokens, lambda: nullcontext(model))
+
+    def score(pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+        assert judge is not None, "it is loaded before it scores"
+        with named_as(setting):
             asked = [(p.instruction, text) for p in pairs for text in (p.baseline, p.model)]
             distinct = list(dict.fromkeys(asked))
             score_of = dict(zip(distinct, judge.score(distinct), strict=True))
             scores = [score_of[pair] for pair in asked]
         return list(zip(scores[::2], scores[1::2], strict=True))
 
-    return ScoringJudge(path, score)
+    return ScoringJudge(path, score, load)
 
 
 @contextmanager
-def named_as_flags() -> Iterator[None]:
-    """Errors within name settings as `--judge.FIELD`, which is how they were given."""
+def named_as(setting: str) -> Iterator[None]:
+    """Errors within name settings as `setting`.FIELD, which is how they were given."""
     try:
         yield
     except LspError as error:
-        raise type(error)(as_flags(str(error))) from None
+        raise type(error)(as_settings(str(error), setting)) from None
 
 
-def as_flags(said: str) -> str:
-    """A message whose settings are named as `--judge.FIELD`."""
-    return SETTING.sub("--judge", said)
+def as_settings(said: str, setting: str) -> str:
+    """A message whose settings are named as `setting`.FIELD."""
+    return SETTING.sub(lambda _: setting, said)

@@ -1,4 +1,7 @@
-"""What judged pairs come to: win rates, subsets, length control, and what should make one doubt them."""
+"""What judged pairs come to: win rates, subsets, length control, and what should make one doubt them.
+
+As a report in %, or as the metrics of a run, from 0 to 1.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from language_self_play.evaluate.intervals import mean_interval
 from language_self_play.evaluate.length_control import length_controlled_win_rate
+from language_self_play.evaluate.outcomes import Record
 from language_self_play.evaluate.outputs import Annotation
-from language_self_play.evaluate.win_rate import position_bias, win_rate, win_rate_interval
+from language_self_play.evaluate.win_rate import TIE, position_bias, win_rate, win_rate_interval
 
 # One answer to more than this share of the instructions is no answer to most of them.
 SUSPECT_SHARE = 0.1
@@ -80,6 +85,50 @@ def repeated_answer(answers: Sequence[str]) -> dict[str, Any]:
     share = count / len(answers)
     suspect = count > 1 and share > SUSPECT_SHARE
     return {"count": count, "share": share, "suspect": suspect, "answer": answer[:200]}
+
+
+def win_rate_metrics(name: str, questions: Sequence[Record]) -> Record:
+    """The metrics of a set of prompts, from its records (outcomes.py). docs/metrics.md defines each.
+
+    Without one verdict those of the answers alone.
+    """
+    answers = [q["answer"] for q in questions]
+    judged = [q for q in questions if q["preference"] is not None]
+    cut = [q["finish_reason"] == "length" for q in questions]
+    metrics: Record = {
+        f"eval/{name}/truncated": sum(cut) / len(cut),
+        f"eval/{name}/length": sum(q["tokens"] for q in questions) / len(questions),
+        f"eval/{name}/equal_answers": sum(q["answer"] == q["baseline"] for q in questions)
+        / len(questions),
+        f"eval/{name}/repeated_answer": repeated_answer(answers)["share"],
+        f"eval/{name}/unjudged": 1 - len(judged) / len(questions),
+    }
+    if not judged:
+        return metrics
+    groups = {"": judged}
+    for q in judged:
+        if "dataset" in q:
+            groups.setdefault(f"/{q['dataset']}", []).append(q)
+    for group, some in groups.items():
+        mean, half_width = mean_interval([q["preference"] - 1 for q in some])
+        metrics[f"eval/{name}/win_rate{group}"] = mean
+        metrics[f"eval/{name}/win_rate_ci95{group}"] = half_width
+    wins = [preference > TIE for q in judged for preference in _in_either_order(q)]
+    metrics[f"eval/{name}/strict_win_rate"] = sum(wins) / len(wins)
+    controlled = length_controlled_win_rate(
+        [q["preference"] for q in judged],
+        [len(q["baseline"]) for q in judged],
+        [len(q["answer"]) for q in judged],
+    )
+    metrics[f"eval/{name}/length_controlled_win_rate"] = controlled.win_rate / 100
+    return metrics
+
+
+def _in_either_order(question: Record) -> list[float]:
+    """A preference for each order that the judge was asked in."""
+    if "baseline_first" not in question:
+        return [question["preference"]]
+    return [question["baseline_first"], question["model_first"]]
 
 
 def leaderboard_row(report: dict[str, Any]) -> dict[str, Any]:

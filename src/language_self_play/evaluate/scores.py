@@ -13,7 +13,7 @@ from language_self_play.config import Config
 from language_self_play.errors import InputFileError, RunFolderError
 from language_self_play.evaluate.outcomes import ARENA, Record, passes
 from language_self_play.evaluate.outputs import read_annotations
-from language_self_play.evaluate.win_rate import TIE
+from language_self_play.evaluate.win_rate import BASELINE_WINS, TIE
 from language_self_play.model_card import NAMES
 from language_self_play.run_folder import RunFolder
 
@@ -70,7 +70,7 @@ def _read_run(label: str, path: Path) -> tuple[Measured, Measured]:
     if not steps:
         raise RunFolderError(
             f"{path}: has no evaluations/, so nothing was evaluated question by question; eval.tasks"
-            " and eval.accuracy of its recipe say what is"
+            ", eval.accuracy and eval.win_rate of its recipe say what is"
         )
     if steps[0] != 0:
         raise RunFolderError(
@@ -97,9 +97,14 @@ def scores_of(questions: Sequence[Record], source: Path) -> dict[str, Scores]:
     """Scores by measure of questions' records (outcomes.py). Raises InputFileError."""
     scores: dict[str, Scores] = {}
     for number, question in enumerate(questions, 1):
+        if isinstance(question, Mapping) and question.get("preference", TIE) is None:
+            measure = f"{question.get('set')}, win rate"
+            known = scores.setdefault(measure, Scores(judge=question.get("judge", "")))
+            known.unjudged.add(str(question.get("id")))
+            continue
         try:
             of_question = _values(question)
-            identity, group = str(question["id"]), question.get("tier")
+            identity, group = str(question["id"]), question.get("tier", question.get("dataset"))
             if not all(math.isfinite(value) for value in of_question.values()):
                 raise ValueError
         except (KeyError, TypeError, ValueError, AttributeError):
@@ -108,7 +113,7 @@ def scores_of(questions: Sequence[Record], source: Path) -> dict[str, Scores]:
                 " were not finite"
             ) from None
         for measure, value in of_question.items():
-            known = scores.setdefault(measure, Scores())
+            known = scores.setdefault(measure, Scores(judge=question.get("judge", "")))
             if identity in known.values:
                 raise InputFileError(
                     f"{source}: has question {identity!r} of {question['set']} twice"
@@ -127,6 +132,8 @@ def _values(question: Record) -> dict[str, float]:
             f"{name}, sampled": float(question["probability"]),
             f"{name}, greedy": float(question["greedy"]),
         }
+    if "preference" in question:
+        return {f"{name}, win rate": float(question["preference"]) - BASELINE_WINS}
     values = {f"{name}, accuracy": passes(question, 1)}
     if (n := len(question["answers"])) > 1:
         values[f"{name}, pass@{n}"] = passes(question, n)

@@ -33,7 +33,7 @@ from language_self_play.types import Completion, FinishReason, Group, Role
 LEAVE_AT = 8
 
 # Where the length of a role's completions is set, if not in a section of its own name.
-SECTIONS = {"judge": "self_reward", "evaluation": "eval.accuracy.NAME"}
+SECTIONS = {"judge": "self_reward", "evaluation": "eval.….NAME"}
 
 Row = tuple[int, int]  # (prompt, completion)
 Drawn = tuple[list[int], list[float]]  # tokens, log-probs
