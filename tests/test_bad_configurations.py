@@ -47,6 +47,11 @@ def valid_for(kind: str | None) -> dict[str, Any]:
     return VALID | {"reward": {"main": {"kind": kind, **PARTS[kind]}}}
 
 
+def prompt_set(**settings: Any) -> dict[str, Any]:
+    judge = {"kind": "python", "function": "math:fsum"}
+    return {"eval": {"win_rate": {"main": {"path": "p.jsonl", "judge": judge, **settings}}}}
+
+
 def changed(field: str, value: Any, kind: str | None = None) -> dict[str, Any]:
     """The valid table with one setting, by its dotted name, changed."""
     table: Any = value
@@ -55,6 +60,10 @@ def changed(field: str, value: Any, kind: str | None = None) -> dict[str, Any]:
     valid = valid_for(kind)
     if field.startswith("eval.accuracy."):
         valid = valid | {"eval": {"accuracy": {"main": {"path": "questions.jsonl"}}}}
+    if field.startswith("eval.win_rate."):
+        valid = valid | prompt_set()
+    if field.startswith("eval.harness."):
+        valid = valid | {"eval": {"harness": {"tasks": ["ifeval"]}}}
     return merge(valid, table)
 
 
@@ -78,6 +87,8 @@ MAY_BE_NEGATIVE = {"reward.NAME.weight"}
 def wrong_values(field: FieldInfo) -> list[Any]:
     if field.type.startswith('"'):
         return ["nonsense", "", 3, [field.type.split('"')[1]]]
+    if field.type == "list of text":
+        return ["ifeval", 3, [3], [""]]
     if field.type.startswith("list of") and field.type not in WRONG_TYPES:
         return ["arena", 3, ["nonsense"]]
     values = list(WRONG_TYPES[field.type])
@@ -138,6 +149,16 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
         {"eval": {"accuracy": {"a/b": {"path": "q.jsonl"}}}},
         "eval.accuracy",
     ),
+    "a win rate named as a question set": (
+        merge(question_set(), prompt_set()),
+        "eval.win_rate.main",
+    ),
+    "a win rate named as lm-eval's tasks": (
+        {"eval": {"win_rate": {"harness": prompt_set()["eval"]["win_rate"]["main"]}}},
+        "eval.win_rate.harness",
+    ),
+    "a judge of nothing": (prompt_set(judge={}), "eval.win_rate.main.judge"),
+    "no tasks of lm-eval": ({"eval": {"harness": {"tasks": []}}}, "eval.harness.tasks"),
     "warm-up as long as the run": ({"learner": {"warmup_steps": 2}}, "learner.warmup_steps"),
     "two tasks, three templates": (
         {"challenger": {"task": ["a", "b"], "template": ["1", "2", "3"]}},

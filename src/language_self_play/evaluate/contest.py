@@ -155,7 +155,7 @@ class Contest:
         )
         return (
             f"{said}requests to {judge.name} each time, {times * most.requests:,} in all, with"
-            f" {times * most.tokens_read:,.0f} tokens to read and {times * most.tokens_written:,} to"
+            f" about {times * most.tokens_read:,.0f} tokens to read and {times * most.tokens_written:,} to"
             f" write, {price}."
         )
 
