@@ -384,6 +384,16 @@ MISTAKES = {
         VALID + '[rollout]\nengine = "vllm"\n[challenger]\ntemperature = 2.5\n',
         "challenger.temperature = 2.5: ",
     ),
+    "a question set too cold for vllm": (
+        VALID + '[rollout]\nengine = "vllm"\n[eval.accuracy.s]\npath = "q"\ntemperature = 0.001\n',
+        "eval.accuracy.s.temperature = 0.001: ",
+    ),
+    "a win rate's nucleus with vllm": (
+        VALID
+        + '[rollout]\nengine = "vllm"\n[eval.win_rate.s]\npath = "q"\ntop_p = 0.5\n'
+        + "[eval.win_rate.s.judge]\nmodel = 'm'\n",
+        "eval.win_rate.s.top_p = 0.5, eval.win_rate.s.top_k = 0: ",
+    ),
     "a judge too cold for vllm": (
         VALID.replace("[reward", "[policy.lora]\n[reward")
         + '[rollout]\nengine = "vllm"\n[self_reward]\ntemperature = 0.001\n',

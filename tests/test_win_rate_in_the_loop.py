@@ -354,7 +354,7 @@ def without_judge(table: dict[str, Any], **evaluation: Any) -> Config:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # lm-eval's own, and those of what it imports
 def test_tasks_of_lm_eval_are_given_to_the_policy_itself_and_change_nothing(
-    table: dict[str, Any], tasks: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    table: dict[str, Any], tasks: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     import torch
 
@@ -364,7 +364,7 @@ def test_tasks_of_lm_eval_are_given_to_the_policy_itself_and_change_nothing(
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     run = self_play(without_judge(table, harness=harness), tmp_path / "run")
     assert (random.random(), np.random.random(), float(torch.rand(1))) == drawn
-    assert capsys.readouterr().err == ""
+    assert capfd.readouterr().err == ""
     assert steps_with(run, "eval/harness/lsp_sums/acc") == [0, 2, 4]
     first = next(run.metrics())
     assert first["eval/harness/lsp_sums/acc"] == 0.75

@@ -463,6 +463,8 @@ class Config(Section):
             sampled["challenger"] = self.challenger
         if self.algorithm == "lsp" and self.policy.lora is not None:
             sampled["self_reward"] = self.self_reward
+        sampled |= {f"eval.accuracy.{n}": questions for n, questions in self.eval.accuracy.items()}
+        sampled |= {f"eval.win_rate.{n}": prompts for n, prompts in self.eval.win_rate.items()}
         for name, section in sampled.items():
             low, high = VLLM_TEMPERATURES
             if not low <= section.temperature <= high:

@@ -93,7 +93,6 @@ class HarnessTasks:
         }
         was_training = model.training
         try:
-            # Its bars would tear ours.
             with torch.no_grad(), _own_random_numbers(), _quiet():
                 results = _run(
                     model,
@@ -195,11 +194,17 @@ def _own_random_numbers() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("lm_eval")
+    """lm-eval without its bars and remarks, which would tear a run's own."""
+    from lm_eval import evaluator
+
+    logger, ask_git = logging.getLogger("lm_eval"), evaluator.get_git_commit_hash
     level = logger.level
     logger.setLevel(logging.ERROR)
+    # Outside a repository git itself complains, past sys.stderr.
+    evaluator.get_git_commit_hash = lambda: None
     try:
         with redirect_stderr(io.StringIO()):
             yield
     finally:
+        evaluator.get_git_commit_hash = ask_git
         logger.setLevel(level)
