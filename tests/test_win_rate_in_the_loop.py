@@ -231,20 +231,21 @@ def test_a_run_killed_while_its_judge_is_asked_asks_only_what_had_no_reply(
     assert run.evaluation(2)[0]["judge"] == "grader"
 
 
-def test_a_judge_that_is_away_costs_a_point_of_the_curve_and_no_step(
-    table: dict[str, Any], endpoint: Endpoint, tmp_path: Path
+@pytest.mark.parametrize("code", [503, 401])  # away, a wrong key
+def test_a_judge_that_is_away_or_refuses_costs_a_point_of_the_curve_and_no_step(
+    table: dict[str, Any], endpoint: Endpoint, tmp_path: Path, code: int
 ):
     reference = self_play(Config.from_table(table), tmp_path / "reference")
     asked_by_step_2 = sum(2 for q in reference.evaluation(2) if q["answer"] != q["baseline"])
     assert asked_by_step_2 > 0
     cache = str(tmp_path / "cache.sqlite")
     judge = {**table["eval"]["win_rate"]["mine"]["judge"], "cache": cache, "concurrency": 1}
-    endpoint.script = [status(503, "gone")]
+    endpoint.script = [status(code, "gone")]
     with pytest.warns(
         UserWarning, match=r"^eval\.win_rate\.mine has no win rate at step 2: "
     ) as told:
         run = self_play(changed(table, judge=judge), tmp_path / "run")
-    assert "eval.win_rate.mine.judge: grader at " in str(told[0].message)
+    assert "step 2: eval.win_rate.mine.judge: " in str(told[0].message)
     assert "same command" not in str(told[0].message)
     assert steps_with(run, "eval/mine/win_rate") == [0, 4]
     assert steps_with(run, "eval/mine/length") == [0, 2, 4]
@@ -254,7 +255,7 @@ def test_a_judge_that_is_away_costs_a_point_of_the_curve_and_no_step(
     ]
     [event] = events(run, "unjudged")
     assert event["step"] == 2
-    assert "answered 503: 'gone'" in event["reason"]
+    assert f"answered {code}: 'gone'" in event["reason"]
     for step in range(STEPS):
         assert run.games(step) == reference.games(step)
     assert run.evaluation(4) == reference.evaluation(4)
