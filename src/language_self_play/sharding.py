@@ -100,7 +100,8 @@ class ShardedModel:
         self._order: list[Any] = []  # the root and the layers as a pass enters them
         self._reached: list[Any] = []  # in this pass, before and
         self._entered: list[Any] = []  # after each was gathered
-        for part in (self._root, *layers):
+        parts: list[Any] = [self._root, *layers]
+        for part in parts:
             part.register_forward_pre_hook(lambda m, _: self._reached.append(m), prepend=True)
             part.register_forward_pre_hook(lambda m, _: self._entered.append(m))
         if like is not None:
