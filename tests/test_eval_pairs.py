@@ -81,7 +81,8 @@ def test_published_annotations_come_to_the_leaderboards_figures(name, test_data,
         assert figures[key] == pytest.approx(float(row[key]), abs=5e-7), key
     for key in ("n_wins", "n_wins_base", "n_draws", "n_total"):
         assert figures[key] == int(row[key]), key
-    # The published estimate has a table of difficulties and rows of two more models beside these.
+    # The published estimates have a table of difficulties and rows of two more models beside these.
+    assert figures["lc_standard_error"] is None  # without the table
     published = float(row["length_controlled_winrate"])
     assert figures["length_controlled_win_rate"] == pytest.approx(published, abs=1)
     sizes = {"selfinstruct": 252, "oasst": 188, "koala": 156, "helpful_base": 129, "vicuna": 80}
@@ -94,6 +95,7 @@ def test_published_annotations_come_to_the_leaderboards_figures(name, test_data,
     assert figures["win_rate_ci95"][0] < figures["win_rate"] < figures["win_rate_ci95"][1]
     assert not figures["repeated_answer"]["suspect"]
     out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
     assert "WARNING" not in out
     assert all(part in out for part in sizes)
 
@@ -118,16 +120,21 @@ def test_difficulties_by_number_count_in_the_file_of_instructions(test_data, tmp
     assert "has no difficulty for 802" in refusal(capsys, "alpaca", *file, *by_number)
     instructions = ["--instructions", str(folder / "instructions.json")]
     by_text = ["--instruction-difficulty", "d.json"]
-    found = []
+    found, errors = [], []
     for table in ([*by_number, *instructions], by_text, []):
         assert main(["eval", "alpaca", *file, *table, "--json", "figures.json"]) == 0
         figures = json.loads((tmp_path / "figures.json").read_text())
         used = figures["length_control"]["difficulties"]
         found.append((used, figures["length_controlled_win_rate"]))
+        errors.append(figures["lc_standard_error"])
     assert found[0] == found[1]
     assert found[0][0] == "table"
     assert found[2][0] == "length of the baseline's answer"
     assert abs(found[0][1] - found[2][1]) > 0.5
+    assert errors[0] == errors[1] > 0
+    assert errors[2] is None
+    told = f"%, standard error {errors[0]:.2f} as AlpacaEval's ("
+    assert " ".join(capsys.readouterr().out.split()).count(told) == 2
 
 
 def test_one_answer_to_everything_is_told_whatever_the_judge_says(tmp_path, capsys):
@@ -144,7 +151,7 @@ def test_one_answer_to_everything_is_told_whatever_the_judge_says(tmp_path, caps
     ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     assert main(["eval", "alpaca", "--annotations", "a.json"]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert "WARNING: the model gives one and the same answer to 20 of 20 instructions" in out
     assert "the baseline gives" not in out
 
@@ -174,13 +181,18 @@ def test_files_of_answers_are_judged_in_both_orders_and_written_for_alpaca_eval(
     assert (figures["model"], figures["baseline"]) == ("mine", "theirs")
     assert figures["annotator"] == "grader"
     bias = figures["position_bias"]
-    assert (bias["first"], bias["flipped"], bias["tied"]) == (0.5, 0.0, 0.6)
+    # Of the four that were asked about, in 8 judgements: 2 ties in both orders.
+    assert (bias["n"], bias["first"], bias["flipped"], bias["tied"]) == (4, 0.5, 0.0, 0.5)
     assert {k: v["n_total"] for k, v in figures["subsets"].items()} == {"a": 3, "b": 2}
     # The equal answers were not asked about: 4 pairs in 2 orders.
     assert len(endpoint.requests) == figures["costs"]["requests"] == 8
-    out = capsys.readouterr().out
+    said = capsys.readouterr()
+    assert max(map(len, said.out.splitlines())) <= 80
+    assert "figures.json: written" in said.err
+    out = " ".join(said.out.split())
     assert "4 pairs in both orders: 8 requests to grader" in out
-    assert "1 pairs of equal answers tie unasked" in out
+    assert "1 pair of equal answers ties unasked" in out
+    assert "Order, of 4 pairs asked:" in out
     assert out.index("8 requests") < out.index("Win rate")
     annotations = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert annotations[0] == {
@@ -229,7 +241,8 @@ def test_a_judge_of_the_first_answer_is_a_draw_with_its_bias_reported(
     assert figures["strict_win_rate"] == 50.0  # of ten judgements five are for the model
     assert figures["position_bias"]["first"] == 1.0
     assert figures["position_bias"]["flipped"] == 1.0
-    assert "the answer shown first is preferred 100.0 %" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the answer shown first is preferred 100.0 %" in out
     # The orders are in the file, and scored to the same figures.
     folder = tmp_path / "evaluations" / "win-rate-mine-theirs"
     again = ["eval", "alpaca", "--annotations", str(folder / "annotations.json")]
@@ -246,7 +259,7 @@ def test_a_dry_run_says_what_judging_costs_and_asks_nothing(
     command = ["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge, "--dry-run"]
     prices = ["--judge.usd_per_million_input_tokens", "1.0"]
     assert main([*command, *prices]) == 0
-    assert "10 requests to grader" in (out := capsys.readouterr().out)
+    assert "10 requests to grader" in (out := " ".join(capsys.readouterr().out.split()))
     assert "0.00 to 0.00 USD" in out
     assert endpoint.requests == []
 
@@ -267,7 +280,8 @@ def test_what_an_endpoint_judged_before_it_went_away_is_not_paid_for_twice(
     asked = len(endpoint.requests)
     assert main(command) == 0
     assert len(endpoint.requests) - asked == 6
-    assert "6 requests to grader (4 more are in the cache)" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "6 requests to grader (4 more are in the cache)" in out
     assert sorted(set(endpoint.prompts[:4] + endpoint.prompts[asked:])) == sorted(
         f"{q}|{one}|{two}"
         for q, a, b in zip(QUERIES, "abcde", "vwxyz", strict=True)
@@ -302,7 +316,7 @@ def test_a_pair_without_a_verdict_is_told_counted_and_left_out(
     assert (figures["n_total"], figures["n_unjudged"]) == (4, 1)
     said = capsys.readouterr()
     assert "lsp: warning: --judge: grader at " in said.err
-    assert "1 pairs have no verdict and are left out." in said.out
+    assert "1 pair has no verdict and is left out." in said.out
     written = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert [row["instruction"] for row in written] == [q for q in QUERIES if q != "9+9"]
     # The table of difficulties goes along.
@@ -437,7 +451,7 @@ def test_a_model_against_its_own_copy_is_below_50_when_ties_are_no_wins(
     assert figures["strict_win_rate"] == pytest.approx(20.0)
     assert figures["position_bias"]["tied"] == pytest.approx(0.6)
     assert figures["position_bias"]["first"] == pytest.approx(0.7)  # (2 + 3/2) / 5
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert "with ties as losses 20.00 %" in out
     assert (
         "5 pairs in both orders: 5 requests" in out
@@ -575,5 +589,11 @@ def test_help_tells_judges_and_exit_codes(measure, capsys):
         main(["eval", measure, "--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    for word in ("--judge.base_url", "reward_model", "own-copy", "75 the endpoint is away"):
+    for word in (
+        "--judge.base_url",
+        "reward_model",
+        "own-copy",
+        "75 the endpoint is away",
+        "3 a judge's",
+    ):
         assert word in out

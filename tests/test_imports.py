@@ -106,7 +106,7 @@ ROOMS = [
     ("files", ["run_folder", "data", "lock", "shard_files"]),
     ("how files are written", ["durable"]),
     ("the mathematics", ["advantages", "losses", "logprobs", "attention", "randomness"]),
-    ("text", ["prompts", "markdown"]),
+    ("text", ["prompts", "markdown", "wording"]),
     ("settings", ["config"]),
     ("their sections", ["config_evaluation"]),
     ("what more of them are made of", ["config_rewards", "config_types"]),
@@ -161,7 +161,7 @@ BESIDE = {
     "config_rewards": {"config_types"},
     "evaluate.kept": {"evaluate", "evaluate.outcomes"},
     "evaluate.scores": {
-        *["evaluate", "evaluate.outcomes", "evaluate.outputs", "evaluate.win_rate", "model_card"],
+        *["evaluate", "evaluate.outcomes", "evaluate.outputs", "model_card"],
     },
     "evaluate.table": {"evaluate", "evaluate.intervals", "evaluate.scores"},
     "evaluate.table_files": {"evaluate", "evaluate.table"},

@@ -18,19 +18,37 @@ from language_self_play.evaluate.pass_at_k import pass_at_k
 
 def test_the_normal_half_width_is_z_standard_errors():
     # 1 2 3 4: mean 2.5, s² = 5 / 3, standard error √(5/12) = 0.6454972; times 1.9599640.
-    assert normal_interval([1, 2, 3, 4]) == pytest.approx((2.5, 1.2651513), rel=1e-6)
+    found = normal_interval([1, 2, 3, 4])
+    assert found == pytest.approx((2.5, 1.2348487, 3.7651513), rel=1e-6)
+    assert found.half_width == pytest.approx(1.2651513, rel=1e-6)
     # At 90 % z is 1.6448536.
-    assert normal_interval([1, 2, 3, 4], 0.9)[1] == pytest.approx(1.0617484, rel=1e-6)
+    assert normal_interval([1, 2, 3, 4], 0.9).half_width == pytest.approx(1.0617484, rel=1e-6)
 
 
-def test_wilsons_half_width_is_not_zero_for_a_share_of_one():
-    # 10 of 10: z² = 3.841459; z √(z² / 400) / (1 + z² / 10) = 0.1920729 / 1.3841459.
-    assert wilson_interval([1] * 10) == pytest.approx((1.0, 0.1387663), rel=1e-6)
+def test_wilsons_interval_of_a_share_of_one_ends_at_one_and_is_no_point():
+    # 10 of 10: z² = 3.841459; (1 + z²/20 ± z √(z² / 400)) / (1 + z² / 10), which is 1 / 1.3841459 and 1.
+    assert wilson_interval([1] * 10) == pytest.approx((1.0, 0.7224672, 1.0), rel=1e-6)
+    assert wilson_interval([0] * 10) == pytest.approx((0.0, 0.0, 0.2775328), rel=1e-6)
+
+
+def test_wilsons_interval_lies_nearer_to_a_half_than_the_share():
+    # 9 of 10: (0.9 + 0.1920729 ± 1.959964 √(0.009 + 0.0096036)) / 1.3841459.
+    found = wilson_interval([1] * 9 + [0])
+    assert found == pytest.approx((0.9, 0.5958500, 0.9821238), rel=1e-6)
+    assert found.high - found.mean < found.half_width < found.mean - found.low
 
 
 def test_shares_get_wilsons_interval_and_other_means_the_normal_one():
     assert mean_interval([1.0, 1.0, 0.0]) == wilson_interval([1.0, 1.0, 0.0])
     assert mean_interval([1.0, 0.5, 0.0]) == normal_interval([1.0, 0.5, 0.0])
+
+
+def test_one_value_and_equal_ones_have_an_interval_that_is_no_point():
+    # ½ of one: (0.5 + z²/2 ± z √(¼ + z²/4)) / (1 + z²): ½ ± ½ z / √(1 + z²) = ½ ± 0.4453792.
+    assert mean_interval([0.5]) == pytest.approx((0.5, 0.05462076, 0.94537924), rel=1e-6)
+    assert mean_interval([0.25] * 3).low < 0.25 < mean_interval([0.25] * 3).high
+    with pytest.raises(ValueError, match="one value has no spread"):
+        normal_interval([0.5])
 
 
 def test_the_bootstrap_interval_of_two_values_is_that_of_a_coin():
@@ -43,9 +61,9 @@ def test_the_bootstrap_interval_of_two_values_is_that_of_a_coin():
 
 def test_the_bootstrap_interval_agrees_with_the_normal_one_for_many_values():
     values = [((i * 7919) % 1000) / 1000 for i in range(2000)]
-    mean, half = normal_interval(values)
-    low, high = bootstrap_interval(values)
-    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.05 * half)
+    normal = normal_interval(values)
+    found = bootstrap_interval(values)
+    assert found == pytest.approx(normal[1:], abs=0.05 * normal.half_width)
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_seed_another():

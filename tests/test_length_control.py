@@ -90,8 +90,25 @@ def test_one_side_that_wins_everything_has_a_finite_fit(preference, low, high):
     assert np.isfinite([fitted.constant, fitted.length, fitted.difficulty]).all()
 
 
-def test_a_single_pair_is_its_own_win_rate():
-    assert length_controlled_win_rate([1.75], [10], [20]).win_rate == pytest.approx(75, abs=0.2)
+def test_a_single_pair_is_its_own_win_rate_and_has_no_standard_error():
+    fitted = length_controlled_win_rate([1.75], [10], [20], [1.0])
+    assert fitted.win_rate == pytest.approx(75, abs=0.2)
+    assert fitted.standard_error is None
+
+
+def test_the_standard_error_is_that_of_the_predicted_wins_over_the_instructions():
+    preferences, baseline, model, difficulties, _ = made_up(1.5)
+    fitted = length_controlled_win_rate(preferences, baseline, model, difficulties)
+    centred = (np.array(difficulties) - np.mean(difficulties)) / np.std(difficulties)
+    wins = sigmoid(CONSTANT + DIFFICULTY * centred)
+    # s / √n with n − 1; that of the preferences, which vary with length too, is another.
+    error = 100 * (sum((wins - wins.mean()) ** 2) / (N - 1) / N) ** 0.5
+    assert fitted.standard_error == pytest.approx(error, abs=1e-3)
+    assert abs(error - 100 * np.std(preferences, ddof=1) / N**0.5) > 0.05
+
+
+def test_without_difficulties_there_is_no_standard_error():
+    assert length_controlled_win_rate([1.2, 1.9], [7, 8], [7, 9]).standard_error is None
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ BAD_ANNOTATIONS = {
     ),
     "no rows": ([], ": holds no rows"),
     "numbers": ([1], "row 1: not a JSON object"),
-    "nothing judged": ([without(preference=None)], ": none of its 1 rows has a preference"),
+    "nothing judged": ([without(preference=None)], ": holds 1 row, and none with a preference"),
 }
 
 

@@ -76,13 +76,14 @@ def test_a_judge_that_always_takes_the_first_gives_each_side_one_order(build, en
 
 
 def test_verdicts_stay_with_their_pairs_over_many_parts(build, endpoint):
-    endpoint.default = lambda h: scored(2 if "|9" in h.prompt.split("|", 1)[1] else 1)(h)
-    pairs = [Pair(f"q{i}", f"b{i}", f"{i}") for i in range(20)]
+    endpoint.default = lambda h: scored(2 if h.prompt.endswith(("|9", "|33")) else 1)(h)
+    pairs = [Pair(f"q{i}", f"b{i}", f"{i}") for i in range(34)]
     told = []
     verdicts = build(concurrency=1)(pairs, lambda done, of: told.append((done, of)))
-    # Only the answer "9" is preferred, where it is the second; first, it ties or is the first: 2 = second
-    assert [v.baseline_first for v in verdicts] == [2.0 if i == 9 else 1.5 for i in range(20)]
-    assert told == [(0, 20), (8, 20), (16, 20), (20, 20)]
+    # Only "9" and "33" are preferred, where they are the second; first, they tie.
+    assert [v.baseline_first for v in verdicts] == [2.0 if i in (9, 33) else 1.5 for i in range(34)]
+    assert {v.model_first for v in verdicts} == {1.5}
+    assert told == [(0, 34), (20, 34), (28, 34), (34, 34)]
 
 
 def test_what_was_judged_is_not_asked_again(build, endpoint):
@@ -101,7 +102,7 @@ def test_the_plan_counts_requests_tokens_and_dollars(build):
     )
     # "q|aaaa|b" twice: 16 characters are 4 tokens at 1 USD; 2 · 100 tokens written at 0.01 USD
     assert judge.plan([Pair("q", "aaaa", "b")]) == (
-        "1 pairs in both orders: 2 requests to grader (0 more are in the cache), about 4 tokens to"
+        "1 pair in both orders: 2 requests to grader (0 more are in the cache), about 4 tokens to"
         " read and at most 200 to write, 4.00 to 6.00 USD"
     )
     assert "of unknown price" in build().plan([Pair("q", "a", "b")])
@@ -129,11 +130,12 @@ def test_a_pair_that_gets_prose_has_no_verdict_and_is_asked_about_again(build, e
 
 def test_a_pair_with_a_verdict_in_one_order_only_has_none(build, endpoint):
     def reply(handler):
-        (scored(0) if handler.prompt == "q|a|b" else test_judge.says("Hm."))(handler)
+        (test_judge.says("Hm.") if handler.prompt == "q|b|a" else scored(0))(handler)
 
     endpoint.default = reply
     with pytest.warns(UserWarning, match=r"'Hm\.'"):
-        assert build(retries=0)([Pair("q", "a", "b")], QUIET) == [None]
+        found = build(retries=0)([Pair("q", "a", "b"), Pair("r", "b", "b")], QUIET)
+    assert found == [None, Verdict(1.0, 2.0)]
 
 
 def test_pairs_without_a_verdict_are_left_out_of_the_annotations_and_equal_ones_tie(
@@ -147,14 +149,51 @@ def test_pairs_without_a_verdict_are_left_out_of_the_annotations_and_equal_ones_
     with pytest.warns(UserWarning, match="left out"):
         found = annotate(build(retries=0), theirs, ours, QUIET)
     assert [(a.instruction, a.preference) for a in found] == [("good", 1.5), ("same", 1.5)]
-    assert (found[0].baseline_first, found[0].model_first) == (2.0, 1.0)
-    assert (found[1].baseline_first, found[1].model_first) == (1.5, 1.5)
+    # Nobody was asked about the equal ones, in either order.
+    assert [a.orders for a in found] == [(2.0, 1.0), None]
 
 
 def test_a_judge_that_answers_nothing_but_prose_is_named(build, endpoint):
     endpoint.default = test_judge.says("Both are lovely.")
-    with pytest.raises(ServiceError, match=r"^--judge: grader at .*'Both are lovely\.'"):
+    with pytest.raises(ServiceError, match=r"^--judge: grader at .*'Both are lovely\.'") as caught:
         build(retries=0)([Pair("q", "a", "b"), Pair("r", "a", "b")], QUIET)
+    assert str(caught.value).endswith(
+        "; none of the first 2 pairs has a verdict: another --judge.model or --judge.prompt may help"
+    )
+
+
+def test_a_judge_without_a_verdict_on_the_first_20_pairs_is_asked_no_more(build, endpoint):
+    endpoint.default = test_judge.says("Both are lovely.")
+    pairs = [Pair(f"q{i}", "a", "b") for i in range(50)]
+    with pytest.raises(
+        ServiceError, match=r"first 20 pairs .* so the other 30 are not asked about"
+    ):
+        build(retries=0)(pairs, QUIET)
+    assert {p.split("|")[0] for p in endpoint.prompts} == {f"q{i}" for i in range(20)}
+    assert len(endpoint.requests) == 40
+
+
+def test_scores_in_one_order_only_are_no_verdicts_but_are_kept(build, endpoint):
+    endpoint.default = lambda h: (scored(1) if h.prompt[-2:] == "|b" else test_judge.says("Hm."))(h)
+    pairs = [Pair(f"q{i}", "a", "b") for i in range(30)]
+    with pytest.raises(ServiceError, match="none of the first 20 pairs has a verdict"):
+        build(retries=0)(pairs, QUIET)
+    endpoint.default = scored(1)
+    asked = len(endpoint.requests)
+    assert build()(pairs, QUIET) == [Verdict(1.5, 1.5)] * 30
+    # 20 scores came, and are not paid for twice: 60 − 20.
+    assert len(endpoint.requests) - asked == 40
+
+
+def test_one_verdict_among_the_first_20_is_enough_to_go_on(build, endpoint):
+    endpoint.default = lambda h: (scored(1) if h.prompt[:4] == "q19|" else test_judge.says("Hm."))(
+        h
+    )
+    pairs = [Pair(f"q{i}", "a", "b") for i in range(30)]
+    with pytest.warns(UserWarning, match="left out"):
+        found = build(retries=0)(pairs, QUIET)
+    assert [i for i, verdict in enumerate(found) if verdict] == [19]
+    assert len(endpoint.requests) == 60
 
 
 def test_an_endpoint_that_goes_away_is_named_and_what_was_paid_for_is_kept(build, endpoint):
@@ -226,7 +265,8 @@ def test_a_higher_score_wins_and_equal_ones_tie():
     judge = build_pair_judge({"kind": "python", "function": f"{__name__}:length"})
     pairs = [Pair("q", "long", "longer"), Pair("q", "longer", "long"), Pair("q", "same", "even")]
     # Of the first two pairs both answers are the same two, so that four are left.
-    assert judge.plan(pairs) == "3 pairs: 4 answers to be scored by python, here"
+    assert judge.name == f"{__name__}:length"
+    assert judge.plan(pairs) == f"3 pairs: 4 answers to be scored by {__name__}:length, here"
     verdicts = judge(pairs, QUIET)
     assert verdicts == [Verdict(2.0, 2.0), Verdict(1.0, 1.0), Verdict(1.5, 1.5)]
     assert not judge.sees_order

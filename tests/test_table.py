@@ -286,7 +286,7 @@ def bad_files() -> dict[str, tuple[Any, str]]:
         "an instruction twice": ([pair | {"preference": 1}] * 2, r"a.json, row 2: repeats the"),
         "no verdict": (
             [pair | {"preference": None}],
-            r"a.json: none of its 1 rows has a preference",
+            r"a.json: holds 1 row, and none with a preference",
         ),
         "a question twice": (
             {"set": "gsm8k", "questions": [question, question]},

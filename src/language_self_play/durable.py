@@ -30,9 +30,20 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write `file` whole or not at all. Raises OSError, and then the old file is as it was."""
+    """As replace_bytes, in UTF-8."""
+    replace_bytes(file, text.encode())
+
+
+def replace_bytes(file: Path, contents: bytes) -> None:
+    """Write `file` whole or not at all. Raises OSError, and then the old file is as it was.
+
+    A link stays one. What is no regular file, such as /dev/stdout, is written to where it is.
+    """
+    file = Path(os.path.realpath(file))
+    if file.exists() and not file.is_file():
+        file.write_bytes(contents)
+        return
     beside = file.with_name(f".{file.name}.new")
-    contents = text.encode()
     try:
         with beside.open("wb") as stream:
             stream.write(contents)

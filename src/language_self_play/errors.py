@@ -18,7 +18,8 @@ A message names the field or file, shows the value, says why it is wrong and wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class LspError(Exception):
@@ -90,3 +91,12 @@ class Paused(LspError, InterruptedError):
     """The run was asked to stop; it has checkpointed and can be resumed."""
 
     exit_code = 75
+
+
+@contextmanager
+def renaming(rename: Callable[[str], str]) -> Iterator[None]:
+    """What is raised within says `rename` of what it says: a setting has the name that the user typed."""
+    try:
+        yield
+    except LspError as error:
+        raise type(error)(rename(str(error))) from None

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from language_self_play.cli import Parser
 from language_self_play.cli.evaluate import check_report, write_report
 from language_self_play.errors import ConfigError
+from language_self_play.wording import counted
 
 if TYPE_CHECKING:
     from language_self_play.config import QuestionSet
     from language_self_play.evaluate.exam import Exam
+    from language_self_play.evaluate.intervals import Interval
 
 DESCRIPTION = """\
 How many questions MODEL answers right, with 95 % intervals.
@@ -101,7 +103,7 @@ def _arena(model: str, device: str, json_file: Path | None) -> int:
         table.add_column(column, justify="left" if column in ("tier", "task") else "right")
 
     def row(tier: str, task: str, part: Accuracy, style: str | None = None) -> None:
-        cells = [f"{100 * m:.1f} ± {100 * h:.1f}" for m, h in (part.sampled(), part.greedy())]
+        cells = (f"{100 * i.mean:.1f} {in_percent(i)}" for i in (part.sampled(), part.greedy()))
         table.add_row(tier, task, str(len(part.results)), *cells, style=style)
 
     for tier in accuracy.tiers():
@@ -114,10 +116,8 @@ def _arena(model: str, device: str, json_file: Path | None) -> int:
     Console().print(table)
     if json_file is not None:
         questions = [asdict(r) for r in accuracy.results]
-        write_report(
-            json_file,
-            {"model": model, "set": "arena", **accuracy.metrics(), "questions": questions},
-        )
+        figures = {**accuracy.metrics(), "ci95": ends(accuracy.intervals())}
+        write_report(json_file, {"model": model, "set": "arena", **figures, "questions": questions})
     return 0
 
 
@@ -131,7 +131,7 @@ def _exam(options: Any, overrides: dict[str, Any]) -> int:
     from language_self_play.chat import load_chat
     from language_self_play.evaluate.exam import Exam
     from language_self_play.evaluate.kept import KeptRecords, written_when
-    from language_self_play.evaluate.outcomes import set_metrics
+    from language_self_play.evaluate.outcomes import set_intervals, set_metrics
     from language_self_play.policy import load_chat_model
     from language_self_play.pretrained import (
         choose_device,
@@ -171,10 +171,12 @@ def _exam(options: Any, overrides: dict[str, Any]) -> int:
                 sampler.sync(model, start)  # draws are functions of where the batch begins
                 kept.add(exam.ask(sampler, prompts, start, start + BATCH))
                 _tell(_so_far(kept.records, total))
+    intervals = set_intervals(name, kept.records, settings.pass_at)
     metrics = set_metrics(name, kept.records, settings.pass_at)
-    _print(options.model, exam, metrics)
+    _print(options.model, exam, intervals, metrics[f"eval/{name}/truncated"])
     if options.json is not None:
-        write_report(options.json, {**asked, **metrics, "questions": kept.records})
+        figures = {**metrics, "ci95": ends(intervals)}
+        write_report(options.json, {**asked, **figures, "questions": kept.records})
         kept.remove()
     return 0
 
@@ -202,22 +204,30 @@ def _question_set(model: str, named: str, overrides: dict[str, Any]) -> tuple[st
     return name, Config.from_table(merge(rest, table)).eval.accuracy[name]
 
 
-def _print(model: str, exam: Exam, metrics: dict[str, Any]) -> None:
+def in_percent(interval: Interval) -> str:
+    return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def ends(intervals: dict[str, Interval]) -> dict[str, list[float]]:
+    return {key: [interval.low, interval.high] for key, interval in intervals.items()}
+
+
+def _print(model: str, exam: Exam, intervals: dict[str, Interval], cut_off: float) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     asked = len(exam.questions)
     of = "" if asked == exam.size else f" of {exam.size:,}"
-    table = Table(title=Text(f"{model} on {exam.name}, {asked:,}{of} questions, in %"))
-    for column in ("measure", "value", "95 %"):
+    asked_of = counted(asked, "question") if not of else f"{asked:,}{of} questions"
+    table = Table(title=Text(f"{model} on {exam.name}, {asked_of}, in %"))
+    for column in ("measure", "value", "95 % interval"):
         table.add_column(column, justify="left" if column == "measure" else "right")
-    prefix = f"eval/{exam.name}/"
-    for k in sorted({1, *exam.section.pass_at}):
-        key = prefix + ("accuracy" if k == 1 else f"pass_at_{k}")
-        label = "accuracy (pass@1)" if k == 1 else f"pass@{k}"
-        table.add_row(label, f"{100 * metrics[key]:.1f}", f"± {100 * metrics[f'{key}_ci95']:.1f}")
-    table.add_row("answers cut off", f"{100 * metrics[f'{prefix}truncated']:.1f}", "")
+    for key, interval in intervals.items():
+        measure = key.rpartition("/")[2].replace("_at_", "@")
+        label = "accuracy (pass@1)" if measure == "accuracy" else measure
+        table.add_row(label, f"{100 * interval.mean:.1f}", in_percent(interval))
+    table.add_row("answers cut off", f"{100 * cut_off:.1f}", "")
     Console().print(table)
 
 

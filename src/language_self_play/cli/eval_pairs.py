@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from language_self_play.cli import Parser
-from language_self_play.cli.evaluate import write_report
-from language_self_play.errors import ConfigError, InputFileError
+from language_self_play.cli.evaluate import say, write_report, writing
+from language_self_play.errors import ConfigError
+from language_self_play.wording import counted
 
 if TYPE_CHECKING:
     from language_self_play.evaluate.outputs import Annotation, Output
@@ -29,7 +31,9 @@ judges (flags --judge.FIELD, the fields of a [reward.NAME] of the same kind; `ls
   --judge.kind python --judge.function MODULE:FUNCTION"""
 
 EXIT_CODES = """\
-exit codes: 0 done, 2 bad input, 75 the endpoint is away: the same command goes on where it stopped"""
+exit codes: 0 done, 1 internal error, 2 bad input, 3 a judge's score that is not finite,
+75 the endpoint is away or gives no verdicts: the same command goes on where it stopped,
+130 interrupted"""
 
 
 def add_flags(parser: Parser) -> None:
@@ -125,31 +129,29 @@ def compare(
     choose_device(options.device)  # what is no device, is told before anything is loaded
     judge = build_pair_judge(judge_settings, options.device)
     try:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputFileError(f"--out {out}: can't be made ({error.strerror})") from None
+        writing("--out", out, lambda: out.mkdir(parents=True, exist_ok=True))
         ours = _outputs(sides["MODEL"], model, instructions, options, out, seed=options.seed)
         if own_copy:
             name = f"{ours[0].generator} (own copy)"
             theirs = _outputs(sides["MODEL"], name, instructions, options, out, options.seed + 1)
         else:
             theirs = _outputs(sides["baseline"], baseline, instructions, options, out, options.seed)
-        _write(out, lambda: write_outputs(out / "model_outputs.json", ours))
-        _write(out, lambda: write_outputs(out / "reference_outputs.json", theirs))
+        writing("--out", out, lambda: write_outputs(out / "model_outputs.json", ours))
+        writing("--out", out, lambda: write_outputs(out / "reference_outputs.json", theirs))
         # Of one's own copy what the judge makes of equal answers is the question.
         asked = pairs_to_ask(theirs, ours, ask_equal=own_copy)
         if asked:
-            print(judge.plan(asked), flush=True)  # also where output goes to a file
-        if len(asked) < len(ours):
-            print(f"{len(ours) - len(asked)} pairs of equal answers tie unasked")
+            say(judge.plan(asked))
+        if equal := len(ours) - len(asked):
+            tie = "ties" if equal == 1 else "tie"
+            say(f"{counted(equal, 'pair')} of equal answers {tie} unasked")
         if options.dry_run:
-            print(f"Nothing was judged. The answers are in {out}.")
+            say(f"Nothing was judged. The answers are in {out}.")
             return 0
         annotations = annotate(judge, theirs, ours, _progress("judged"), ask_equal=own_copy)
     finally:
         judge.close()
-    _write(out, lambda: write_annotations(out / "annotations.json", annotations))
+    writing("--out", out, lambda: write_annotations(out / "annotations.json", annotations))
     unjudged = len(ours) - len(annotations)
     if difficulties is not None:
         of = dict(zip((o.instruction for o in ours), difficulties, strict=True))
@@ -171,6 +173,7 @@ def show(
     from rich.table import Table
     from rich.text import Text
 
+    from language_self_play.durable import replace_text
     from language_self_play.evaluate.outputs import write_leaderboard
     from language_self_play.evaluate.pair_report import leaderboard_row, pair_report
 
@@ -178,52 +181,58 @@ def show(
     if costs:
         report["costs"] = costs
     if out is not None:
-        _write(
-            out,
-            lambda: write_leaderboard(
-                out / "leaderboard.csv", report["model"], leaderboard_row(report)
-            ),
+        row = leaderboard_row(report)
+        writing(
+            "--out", out, lambda: write_leaderboard(out / "leaderboard.csv", report["model"], row)
         )
-        write_report(out / "report.json", report)
+        text = json.dumps(report, indent=1) + "\n"
+        writing("--out", out, lambda: replace_text(out / "report.json", text))
     if json_file is not None:
         write_report(json_file, report)
     title = f"{report['model']} against {report['baseline']}, judged by {report['annotator']}"
     table = Table(title=Text(title))
-    for column in ("subset", "pairs", "win rate", "wins", "ties", "losses"):
+    for column in ("subset", "pairs", "win rate", "standard error", "wins", "ties", "losses"):
         table.add_column(column, justify="left" if column == "subset" else "right")
     rows = [*report["subsets"].items(), ("all", report)]
     for name, part in rows:
-        error = part["standard_error"]
-        rate = f"{part['win_rate']:.2f}" + ("" if error is None else f" ± {error:.2f}")
+        rates = (_number(part[c]) for c in ("win_rate", "standard_error"))
         counts = (part[c] for c in ("n_total", "n_wins", "n_draws", "n_wins_base"))
         total, *rest = map(str, counts)
-        table.add_row(Text(name), total, rate, *rest, style="bold" if name == "all" else None)
+        table.add_row(Text(name), total, *rates, *rest, style="bold" if name == "all" else None)
     Console().print(table)
-    for line in _sentences(report):
-        print(line)
+    for sentence in _sentences(report):
+        say(sentence)
     if out is not None:
-        print(f"Answers, annotations and figures are in {out}.")
+        say(f"Answers, annotations and figures are in {out}.")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:
     """What the table can't say: intervals, length, order, and reasons to doubt."""
     low, high = report["win_rate_ci95"]
     by = report["length_control"]["difficulties"]
+    error = report["lc_standard_error"]
+    of_leaderboard = "" if error is None else f", standard error {error:.2f} as AlpacaEval's"
     lines = [
         f"Win rate {report['win_rate']:.2f} %, 95 % interval {low:.2f} to {high:.2f} (bootstrap over"
         f" instructions); with ties as losses {report['strict_win_rate']:.2f} %.",
-        f"Length-controlled win rate {report['length_controlled_win_rate']:.2f} % (difficulty by"
+        f"Length-controlled win rate {report['length_controlled_win_rate']:.2f} %{of_leaderboard} (difficulty by"
         f" {'the table' if by == 'table' else 'the ' + by}); answers have"
         f" {report['avg_length']:.0f} characters, the baseline's {report['avg_length_baseline']:.0f}.",
     ]
     if bias := report.get("position_bias"):
         lines.append(
-            f"Order: the answer shown first is preferred {100 * bias['first']:.1f} % of the time (50 is"
-            f" no bias); {100 * bias['flipped']:.1f} % of pairs name another winner in the other order,"
-            f" {100 * bias['tied']:.1f} % of judgements are ties."
+            f"Order, of {counted(bias['n'], 'pair')} asked: the answer shown first is preferred"
+            f" {100 * bias['first']:.1f} % of the time (50 is no bias); {100 * bias['flipped']:.1f} % of"
+            f" pairs name another winner in the other order, {100 * bias['tied']:.1f} % of judgements are"
+            " ties."
         )
-    if report["n_unjudged"]:
-        lines.append(f"{report['n_unjudged']} pairs have no verdict and are left out.")
+    if unjudged := report["n_unjudged"]:
+        are = "has no verdict and is" if unjudged == 1 else "have no verdict and are"
+        lines.append(f"{counted(unjudged, 'pair')} {are} left out.")
     for side, key in (("model", "repeated_answer"), ("baseline", "repeated_answer_baseline")):
         said = report[key]
         if said["suspect"]:
@@ -235,7 +244,8 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     if costs := report.get("costs"):
         usd = f", {costs['usd']:.4f} USD at the prices given" if costs["usd"] else ""
         lines.append(
-            f"The judge took {costs['requests']:.0f} requests ({costs['retries']:.0f} repeats),"
+            f"The judge took {counted(int(costs['requests']), 'request')}"
+            f" ({counted(int(costs['retries']), 'repeat')}),"
             f" {costs['input_tokens']:,.0f} tokens read and {costs['output_tokens']:,.0f} written{usd}."
         )
     return lines
@@ -308,13 +318,6 @@ def _progress(what: str) -> Any:
         )
 
     return tell
-
-
-def _write(out: Path, write: Any) -> None:
-    try:
-        write()
-    except OSError as error:
-        raise InputFileError(f"--out {out}: can't be written ({error.strerror})") from None
 
 
 def _file_name(name: str) -> str:

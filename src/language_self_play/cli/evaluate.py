@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import difflib
 import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from language_self_play.cli import Parser
+from language_self_play.durable import replace_text
 from language_self_play.errors import ConfigError, InputFileError
 
 # name -> (module, one line of help), in the order in which a newcomer meets them.
@@ -58,9 +63,23 @@ def check_report(file: Path | None) -> None:
         raise InputFileError(f"--json {file}: is a folder; name a file")
 
 
-def write_report(file: Path, report: dict[str, Any]) -> None:
-    """Write what was measured as JSON. Raises InputFileError."""
+def say(sentence: str) -> None:
+    """Print what may be longer than a terminal's line, folded between words."""
+    width = shutil.get_terminal_size().columns
+    print(
+        textwrap.fill(sentence, width, break_long_words=False, break_on_hyphens=False), flush=True
+    )
+
+
+def write_report(file: Path, report: dict[str, Any], flag: str = "--json") -> None:
+    """Write what was measured as JSON, whole or not at all, and say so. Raises InputFileError."""
+    writing(flag, file, lambda: replace_text(file, json.dumps(report, indent=1) + "\n"))
+    print(f"{file}: written", file=sys.stderr)
+
+
+def writing(flag: str, place: Path, write: Callable[[], None]) -> None:
+    """Call `write`. Raises InputFileError that names the flag and what it named."""
     try:
-        file.write_text(json.dumps(report, indent=1), "utf-8")
+        write()
     except OSError as error:
-        raise InputFileError(f"--json {file}: can't be written ({error.strerror})") from None
+        raise InputFileError(f"{flag} {place}: can't be written ({error.strerror})") from None

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from language_self_play.arena.questions import held_out_problems
 from language_self_play.arena.tasks import TIERS
 from language_self_play.chat import Chat
-from language_self_play.evaluate.intervals import normal_interval, wilson_interval
+from language_self_play.evaluate.intervals import Interval, mean_interval
 from language_self_play.evaluate.outcomes import ARENA, Record
 from language_self_play.packing import pad_left
 from language_self_play.row_batches import RowBatches
@@ -42,13 +42,21 @@ class Accuracy:
         """The tiers, easiest first."""
         return [t for t in TIERS if any(r.tier == t for r in self.results)]
 
-    def sampled(self, tier: str | None = None) -> tuple[float, float]:
-        """(mean probability of the right answer at temperature 1, half-width of its interval)."""
-        return normal_interval([r.probability for r in self._of(tier)])
+    def sampled(self, tier: str | None = None) -> Interval:
+        """The mean probability of the right answer at temperature 1."""
+        return mean_interval([r.probability for r in self._of(tier)])
 
-    def greedy(self, tier: str | None = None) -> tuple[float, float]:
-        """(share of questions that greedy decoding answers right, half-width of its interval)."""
-        return wilson_interval([r.greedy for r in self._of(tier)])
+    def greedy(self, tier: str | None = None) -> Interval:
+        """The share of questions that greedy decoding answers right."""
+        return mean_interval([r.greedy for r in self._of(tier)])
+
+    def intervals(self) -> dict[str, Interval]:
+        """Metric -> mean and 95 % interval, overall and by tier."""
+        return {
+            f"eval/{name}_accuracy{f'/{tier}' if tier else ''}": measure(tier)
+            for name, measure in (("sampled", self.sampled), ("greedy", self.greedy))
+            for tier in (None, *self.tiers())
+        }
 
     def records(self) -> list[Record]:
         """Every question's record, as outcomes.py says."""
@@ -67,12 +75,9 @@ class Accuracy:
     def metrics(self) -> dict[str, float]:
         """The metrics of an evaluation, overall and by tier."""
         metrics: dict[str, float] = {}
-        for name, measure in (("sampled", self.sampled), ("greedy", self.greedy)):
-            for tier in (None, *self.tiers()):
-                suffix = f"/{tier}" if tier else ""
-                mean, half_width = measure(tier)
-                metrics[f"eval/{name}_accuracy{suffix}"] = mean
-                metrics[f"eval/{name}_accuracy_ci95{suffix}"] = half_width
+        for key, interval in self.intervals().items():
+            metrics[key] = interval.mean
+            metrics[key.replace("_accuracy", "_accuracy_ci95")] = interval.half_width
         return metrics
 
     def _of(self, tier: str | None) -> list[QuestionResult]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,34 +17,50 @@ RESAMPLES = 10_000
 DRAWN_AT_ONCE = 4_000_000
 
 
-def normal_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """(mean, half-width of the normal interval z · s / √n of the mean), s with n − 1.
+class Interval(NamedTuple):
+    """A mean and its interval, which need not lie evenly about it."""
 
-    Raises ValueError for no values.
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+def normal_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """The mean ± z · s / √n, s with n − 1. Raises ValueError for fewer than two values."""
+    _check(values, level)
+    if len(values) == 1:
+        raise ValueError("one value has no spread: a normal interval needs at least two")
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    half = _z(level) * math.sqrt(variance / len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+def wilson_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """The share p and Wilson's score interval, which is not a point for a share of 0 or 1.
+
+    (p + z² / 2n ± z √(p (1 − p) / n + z² / 4n²)) / (1 + z² / n); Wilson, "Probable inference, the law of
+    succession, and statistical inference", 1927. Its middle lies nearer to ½ than p. Of values between
+    0 and 1 it is wide enough: none vary more than those that are 0 or 1. Raises ValueError for no values.
     """
     _check(values, level)
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
-    return mean, _z(level) * math.sqrt(variance / len(values))
+    n, z = len(values), _z(level)
+    share = math.fsum(values) / n
+    middle = share + z**2 / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    # In exact numbers an end at 0 or 1 is 0 or 1.
+    low, high = (min(1.0, max(0.0, end / (1 + z**2 / n))) for end in (middle - half, middle + half))
+    return Interval(share, low, high)
 
 
-def wilson_interval(flags: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """(share p, half-width of Wilson's score interval), which is not 0 for a share of 0 or 1.
-
-    z √(p (1 − p) / n + z² / 4n²) / (1 + z² / n); Wilson, "Probable inference, the law of succession,
-    and statistical inference", 1927. Raises ValueError for no flags.
-    """
-    _check(flags, level)
-    n, z = len(flags), _z(level)
-    share = math.fsum(flags) / n
-    spread = math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return share, z * spread / (1 + z**2 / n)
-
-
-def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """(mean, half-width): Wilson's where every value is 0 or 1, the normal one elsewhere."""
-    is_share = all(value in (0, 1) for value in values)
-    return (wilson_interval if is_share else normal_interval)(values, level)
+def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Of values from 0 to 1: the normal interval, but Wilson's where every value is 0 or 1 or all are equal."""
+    no_spread = all(value in (0, 1) for value in values) or len(set(values)) == 1
+    return (wilson_interval if no_spread else normal_interval)(values, level)
 
 
 def bootstrap_interval(

@@ -19,9 +19,10 @@ CONVERGED = 1e-10
 
 @dataclass(frozen=True)
 class LengthControl:
-    """The fitted model. `win_rate` is in %, the weights are in units of logits."""
+    """The fitted model. `win_rate` and `standard_error` are in %, the weights are in units of logits."""
 
     win_rate: float
+    standard_error: float | None  # None without a table of difficulties, and of a single pair
     constant: float
     length: float  # of tanh((baseline's length − model's) / their standard deviation)
     difficulty: float  # of the instruction's difficulty, standardised
@@ -42,6 +43,10 @@ def length_controlled_win_rate(
     how long the baseline's answer is, is the instruction's doing too, and without a term of its own
     goes to the length's account. Raises ValueError for lists of different lengths, or empty ones.
 
+    The standard error is 100 · s / √n of the σ(c + d · x_i), s with n − 1, which the leaderboards publish as
+    lc_standard_error. It is how much the instructions differ in difficulty, no error of the fit; so there
+    is none where the difficulties are not known.
+
     Published figures come from the same terms, and an L1 penalty chosen by cross-validation over these
     rows and those of two baselines that were told to be brief and to be verbose.
     """
@@ -60,9 +65,11 @@ def length_controlled_win_rate(
     weights_K = _logistic_fit(terms_NK, wins_N)
     equal_NK = np.stack([np.ones_like(wins_N), np.zeros_like(wins_N), difficulty_N], axis=1)
     constant, length, difficulty = weights_K.tolist()
-    return LengthControl(
-        100 * float(_sigmoid(equal_NK @ weights_K).mean()), constant, length, difficulty
-    )
+    wins_N = _sigmoid(equal_NK @ weights_K)
+    error = None
+    if difficulties is not None and len(wins_N) > 1:
+        error = 100 * float(wins_N.std(ddof=1)) / len(wins_N) ** 0.5
+    return LengthControl(100 * float(wins_N.mean()), error, constant, length, difficulty)
 
 
 def _standardised(values_N: np.ndarray) -> np.ndarray:

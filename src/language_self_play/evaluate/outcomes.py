@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from language_self_play.evaluate.intervals import mean_interval
+from language_self_play.evaluate.intervals import Interval, mean_interval
 from language_self_play.evaluate.pass_at_k import pass_at_k
 
 Record = dict[str, Any]
@@ -34,13 +34,23 @@ def passes(question: Record, k: int) -> float:
     return pass_at_k(len(right), sum(right), k)
 
 
+def set_intervals(
+    name: str, questions: Sequence[Record], pass_at: Sequence[int]
+) -> dict[str, Interval]:
+    """Metric -> mean over questions and 95 % interval, of pass@1, which is accuracy, and of each k."""
+    return {
+        f"eval/{name}/{'accuracy' if k == 1 else f'pass_at_{k}'}": mean_interval(
+            [passes(question, k) for question in questions]
+        )
+        for k in sorted({1, *pass_at})
+    }
+
+
 def set_metrics(name: str, questions: Sequence[Record], pass_at: Sequence[int]) -> Record:
-    """The metrics of a question set: accuracy is pass@1. docs/metrics.md defines each."""
+    """The metrics of a question set. docs/metrics.md defines each."""
     metrics: Record = {}
-    for k in sorted({1, *pass_at}):
-        key = f"eval/{name}/{'accuracy' if k == 1 else f'pass_at_{k}'}"
-        mean, half_width = mean_interval([passes(question, k) for question in questions])
-        metrics |= {key: mean, f"{key}_ci95": half_width}
+    for key, interval in set_intervals(name, questions, pass_at).items():
+        metrics |= {key: interval.mean, f"{key}_ci95": interval.half_width}
     answers = [answer for question in questions for answer in question["answers"]]
     cut = [answer["finish_reason"] == "length" for answer in answers]
     metrics[f"eval/{name}/truncated"] = sum(cut) / len(cut)

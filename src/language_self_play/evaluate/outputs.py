@@ -19,6 +19,7 @@ from language_self_play.durable import replace_text
 from language_self_play.errors import InputFileError
 from language_self_play.evaluate.win_rate import BASELINE_WINS, MODEL_WINS, TIE
 from language_self_play.recipe_files import read_text
+from language_self_play.wording import counted
 
 # The answers of gpt4_1106_preview, AlpacaEval 2.0's baseline, to its 805 instructions.
 HUB_DATASET, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json"
@@ -50,6 +51,19 @@ class Annotation(NamedTuple):
     dataset: str | None = None
     baseline_first: float | None = None
     model_first: float | None = None
+
+    @property
+    def orders(self) -> tuple[float, float] | None:
+        """The preferences when the baseline's answer is shown first, and when the model's is."""
+        if self.baseline_first is None or self.model_first is None:
+            return None
+        return self.baseline_first, self.model_first
+
+    @property
+    def strict_win(self) -> float:
+        """The share of its judgements that name the model: of both orders, or of the one preference."""
+        judgements = self.orders or (self.preference,)
+        return sum(judgement > TIE for judgement in judgements) / len(judgements)
 
 
 # ---------------------------------------------------------------- reading
@@ -139,7 +153,8 @@ def read_annotations(path: Path, setting: str) -> tuple[list[Annotation], list[s
             )
         )
     if not annotations:
-        raise InputFileError(f"{path}: none of its {len(unjudged)} rows has a preference")
+        rows = counted(len(unjudged), "row")
+        raise InputFileError(f"{path}: holds {rows}, and none with a preference")
     _refuse_repeats(path, [a.instruction for a in annotations])
     for side in ("generator_1", "generator_2"):
         generators = sorted({getattr(a, side) for a in annotations})

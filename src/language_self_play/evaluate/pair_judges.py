@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from language_self_play.chat import load_chat
 from language_self_play.config import Config, JudgeReward, Policy, SelfReward
-from language_self_play.errors import ConfigError, LspError, ServiceError
+from language_self_play.errors import ConfigError, ServiceError, renaming
 from language_self_play.evaluate.outputs import Annotation, Output
 from language_self_play.evaluate.win_rate import BASELINE_WINS, MODEL_WINS, TIE
 from language_self_play.policy import load_chat_model
@@ -32,6 +33,7 @@ from language_self_play.rewards import RewardSum, build_reward
 from language_self_play.rewards import judge as endpoint
 from language_self_play.rewards.self_reward import JudgeQuestions, QualityJudge
 from language_self_play.sampling.transformers import TransformersSampler
+from language_self_play.wording import counted
 
 # The endpoint's scores: the first answer is better, neither is, the second is.
 FIRST, NEITHER, SECOND = 0.0, 1.0, 2.0
@@ -68,6 +70,7 @@ tie:
 CHARACTERS_PER_TOKEN = 4  # of English text, for an estimate
 # Where the judge's settings come from on the command line. There the same command goes on.
 FLAGS = "--judge"
+TRIAL = 20  # pairs after which a judge without a single verdict is given up
 KINDS = ("judge", "local", "reward_model", "python", "arena")
 # The policy's fields one by one: endpoints quote their "content policy. …", and files have names, too.
 SETTING = re.compile(
@@ -179,20 +182,24 @@ class EndpointJudge:
             else "of unknown price (--judge.usd_per_million_input_tokens and …_output_tokens tell it)"
         )
         return (
-            f"{len(pairs)} pairs in both orders: {len(missing)} requests to {section.model}"
+            f"{counted(len(pairs), 'pair')} in both orders: {counted(len(missing), 'request')} to"
+            f" {section.model}"
             f" ({len(asked) - len(missing)} more are in the cache), about {read:,.0f} tokens to read and"
             f" at most {written:,} to write, {cost}"
         )
 
     def __call__(self, pairs: Sequence[Pair], tell: Tell) -> list[Verdict | None]:
+        """As PairJudge says. Raises why there is no verdict if there is none on the first TRIAL pairs."""
         prompts = [self.prompts(pair) for pair in pairs]
         # In parts, so that progress can be told; each is many times what is in flight at once.
         at_once = 8 * self.judge.section.concurrency
+        starts = [0, *range(TRIAL, len(prompts), at_once)]
         scores: dict[str, float | None] = {}
+        verdicts: list[Verdict | None] = []
         problems: list[Exception] = []
-        for start in range(0, len(prompts), at_once):
+        for start, end in pairwise([*starts, len(prompts)]):
             tell(start, len(prompts))
-            part = prompts[start : start + at_once]
+            part = prompts[start:end]
             try:
                 with named_as(self.setting):
                     found, problem = self.judge.scores([prompt for both in part for prompt in both])
@@ -204,20 +211,27 @@ class EndpointJudge:
                 for what, value in self.judge.costs().items():
                     self.spent[what] = self.spent.get(what, 0.0) + value
             scores |= found
+            verdicts += [_verdict(scores[first], scores[second]) for first, second in part]
             problems += [problem] if problem is not None else []
+            if problem is not None and not any(verdicts):
+                self._give_up(problem, end, len(prompts))
         if problems:
-            self._tell(problems[0], [scores[p] for both in prompts for p in both])
+            said = as_settings(str(problems[0]), self.setting)
+            again = "; the same command asks again" if self.setting == FLAGS else ""
+            warnings.warn(
+                f"{said}; this pair, and others like it, are left out{again}", stacklevel=2
+            )
         tell(len(prompts), len(prompts))
-        return [_verdict(scores[first], scores[second]) for first, second in prompts]
+        return verdicts
 
-    def _tell(self, problem: Exception, scores: list[float | None]) -> None:
-        """Raise why the first pair has no verdict if none has one, else warn of it."""
-        with named_as(self.setting):
-            if not any(score is not None for score in scores):
-                raise problem
-        said = as_settings(str(problem), self.setting)
-        again = "; the same command asks again" if self.setting == FLAGS else ""
-        warnings.warn(f"{said}; this pair, and others like it, are left out{again}", stacklevel=3)
+    def _give_up(self, problem: Exception, end: int, of: int) -> NoReturn:
+        """Raise why there is no verdict, before the rest is asked about in vain."""
+        rest = f", so the other {of - end} are not asked about" if end < of else ""
+        said = (
+            f"{as_settings(str(problem), self.setting)}; none of the first {counted(end, 'pair')} has a"
+            f" verdict{rest}: another {self.setting}.model or {self.setting}.prompt may help"
+        )
+        raise type(problem)(said)
 
     def close(self) -> None:
         self.judge.close()
@@ -255,7 +269,8 @@ class ScoringJudge:
 
     def plan(self, pairs: Sequence[Pair]) -> str:
         answers = {(p.instruction, text) for p in pairs for text in (p.baseline, p.model)}
-        return f"{len(pairs)} pairs: {len(answers)} answers to be scored by {self.name}, here"
+        what = f"{counted(len(pairs), 'pair')}: {counted(len(answers), 'answer')}"
+        return f"{what} to be scored by {self.name}, here"
 
     def __call__(self, pairs: Sequence[Pair], tell: Tell) -> list[Verdict]:
         self.load()
@@ -313,6 +328,7 @@ def annotate(
     annotations = []
     for b, m in zip(baseline, model, strict=True):
         verdict = verdict_of.get(m.instruction, Verdict(TIE, TIE))
+        saw_orders = judge.sees_order and m.instruction in verdict_of
         if verdict is not None:
             annotations.append(
                 Annotation(
@@ -324,8 +340,8 @@ def annotate(
                     preference=verdict.preference,
                     annotator=judge.name,
                     dataset=m.dataset,
-                    baseline_first=verdict.baseline_first if judge.sees_order else None,
-                    model_first=verdict.model_first if judge.sees_order else None,
+                    baseline_first=verdict.baseline_first if saw_orders else None,
+                    model_first=verdict.model_first if saw_orders else None,
                 )
             )
     return annotations
@@ -362,8 +378,8 @@ def build_pair_judge(
         section = config.reward["judge"]
         if isinstance(section, JudgeReward):
             return _endpoint_judge(section, config, setting)
-        name = str(settings.get("path", kind))
-        return _reward_judge(build_reward(config), name, device, setting)
+        name = settings.get("path") or settings.get("function") or kind
+        return _reward_judge(build_reward(config), str(name), device, setting)
 
 
 def _endpoint_judge(section: JudgeReward, config: Config, setting: str) -> EndpointJudge:
@@ -435,13 +451,9 @@ def _local_judge(settings: dict[str, Any], device: str, setting: str) -> Scoring
     return ScoringJudge(path, score, load)
 
 
-@contextmanager
-def named_as(setting: str) -> Iterator[None]:
+def named_as(setting: str) -> AbstractContextManager[None]:
     """Errors within name settings as `setting`.FIELD, which is how they were given."""
-    try:
-        yield
-    except LspError as error:
-        raise type(error)(as_settings(str(error), setting)) from None
+    return renaming(lambda said: as_settings(said, setting))
 
 
 def as_settings(said: str, setting: str) -> str:

@@ -5,6 +5,7 @@ As a report in %, or as the metrics of a run, from 0 to 1.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -41,10 +42,14 @@ def pair_report(
         **_rates(preferences),
         "win_rate_ci95": list(win_rate_interval(preferences)),
         "discrete_win_rate": rates.discrete_win_rate,
-        "strict_win_rate": rates.strict_win_rate,
+        # Of judgements: a pair whose winner is always the one shown first is won once.
+        "strict_win_rate": 100 * math.fsum(a.strict_win for a in annotations) / len(annotations),
         "length_controlled_win_rate": controlled.win_rate,
+        "lc_standard_error": controlled.standard_error,
         "length_control": {
-            **asdict(controlled),
+            "constant": controlled.constant,
+            "length": controlled.length,
+            "difficulty": controlled.difficulty,
             "difficulties": "table"
             if difficulties is not None
             else "length of the baseline's answer",
@@ -55,16 +60,11 @@ def pair_report(
         "repeated_answer": repeated_answer([a.output_2 for a in annotations]),
         "repeated_answer_baseline": repeated_answer([a.output_1 for a in annotations]),
     }
-    orders = [
-        (a.baseline_first, a.model_first)
-        for a in annotations
-        if a.baseline_first is not None and a.model_first is not None
-    ]
-    if len(orders) == len(annotations):
-        baseline_first, model_first = map(list, zip(*orders, strict=True))
-        # Of judgements: a pair whose winner is always the one shown first is won once.
-        report["strict_win_rate"] = win_rate(baseline_first + model_first).strict_win_rate
-        report["position_bias"] = asdict(position_bias(baseline_first, model_first))
+    # Equal answers that nobody was asked about say nothing of the judge.
+    if orders := [a.orders for a in annotations if a.orders is not None]:
+        baseline_first, model_first = zip(*orders, strict=True)
+        bias = position_bias(baseline_first, model_first)
+        report["position_bias"] = {"n": len(orders), **asdict(bias)}
     subsets = dict.fromkeys(a.dataset for a in annotations if a.dataset is not None)
     report["subsets"] = {
         name: _rates([a.preference for a in annotations if a.dataset == name]) for name in subsets
@@ -110,11 +110,11 @@ def win_rate_metrics(name: str, questions: Sequence[Record]) -> Record:
         if "dataset" in q:
             groups.setdefault(f"/{q['dataset']}", []).append(q)
     for group, some in groups.items():
-        mean, half_width = mean_interval([q["preference"] - 1 for q in some])
-        metrics[f"eval/{name}/win_rate{group}"] = mean
-        metrics[f"eval/{name}/win_rate_ci95{group}"] = half_width
-    wins = [preference > TIE for q in judged for preference in _in_either_order(q)]
-    metrics[f"eval/{name}/strict_win_rate"] = sum(wins) / len(wins)
+        interval = mean_interval([q["preference"] - 1 for q in some])
+        metrics[f"eval/{name}/win_rate{group}"] = interval.mean
+        metrics[f"eval/{name}/win_rate_ci95{group}"] = interval.half_width
+    wins = [sum(p > TIE for p in orders) / len(orders) for orders in map(_in_either_order, judged)]
+    metrics[f"eval/{name}/strict_win_rate"] = math.fsum(wins) / len(wins)
     controlled = length_controlled_win_rate(
         [q["preference"] for q in judged],
         [len(q["baseline"]) for q in judged],
@@ -125,8 +125,8 @@ def win_rate_metrics(name: str, questions: Sequence[Record]) -> Record:
 
 
 def _in_either_order(question: Record) -> list[float]:
-    """A preference for each order that the judge was asked in."""
-    if "baseline_first" not in question:
+    """A preference for each order that the judge was asked in; equal answers tie unasked."""
+    if question.get("baseline_first") is None:
         return [question["preference"]]
     return [question["baseline_first"], question["model_first"]]
 
@@ -140,4 +140,5 @@ def leaderboard_row(report: dict[str, Any]) -> dict[str, Any]:
         "mode": "community",
         "avg_length": int(report["avg_length"]),
         "length_controlled_winrate": report["length_controlled_win_rate"],
+        "lc_standard_error": report["lc_standard_error"],
     }

@@ -181,10 +181,8 @@ def _win_rates(path: Path) -> dict[str, Scores]:
     judges = sorted({a.annotator for a in annotations})
     scores, strict = (Scores(unjudged=set(unjudged), judge=", ".join(judges)) for _ in range(2))
     for a in annotations:
-        orders = [v for v in (a.baseline_first, a.model_first) if v is not None]
-        verdicts = orders or [a.preference]
         scores.values[a.instruction] = a.preference - 1
-        strict.values[a.instruction] = sum(v > TIE for v in verdicts) / len(verdicts)
+        strict.values[a.instruction] = a.strict_win
         if a.dataset is not None:
             scores.groups[a.instruction] = strict.groups[a.instruction] = a.dataset
     return {WIN_RATE: scores, STRICT_WIN_RATE: strict}

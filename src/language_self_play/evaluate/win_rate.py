@@ -31,11 +31,6 @@ class WinRate:
         """In %, every preference counted as a win, a loss, or half of each."""
         return 100 * (self.n_wins + self.n_draws / 2) / self.n_total
 
-    @property
-    def strict_win_rate(self) -> float:
-        """In %, ties counted as losses: a model against its own copy is below 50."""
-        return 100 * self.n_wins / self.n_total
-
 
 def win_rate(preferences: Sequence[float]) -> WinRate:
     """100 · the mean of (preference − 1) and 100 · s / √n, s with n − 1.
