@@ -15,6 +15,7 @@ from language_self_play import Config, self_play
 from language_self_play.cli import main
 from language_self_play.errors import ConfigError, InputFileError, RunFolderError
 from language_self_play.evaluate.intervals import bootstrap_interval, paired_bootstrap_p
+from language_self_play.evaluate.outputs import SUBSETS
 from language_self_play.evaluate.scores import (
     STRICT_WIN_RATE,
     WIN_RATE,
@@ -48,10 +49,15 @@ PAIR = {"output_1": "x", "generator_1": "base", "output_2": "y", "generator_2": 
 
 
 def annotations(
-    file: str, preferences: list[float | None], datasets: list[str], annotator: str = "judge"
+    file: str,
+    preferences: list[float | None],
+    datasets: Any,
+    annotator: str = "judge",
+    baseline: str = "base",
 ) -> str:
+    pair = PAIR | {"annotator": annotator, "generator_1": baseline}
     rows = [
-        {"instruction": f"do {i}", "preference": p, "dataset": d, **PAIR, "annotator": annotator}
+        {"instruction": f"do {i}", "preference": p, "dataset": d, **pair}
         for i, (p, d) in enumerate(zip(preferences, datasets, strict=True))
     ]
     text = json.dumps(rows).encode()
@@ -100,7 +106,8 @@ def test_win_rates_have_the_papers_subsets_and_the_papers_figures_beside_them(ca
     annotations("copy.json.gz", [1.5, 1.5, 1.5, 1.5], datasets)
     annotations("lsp.json", [2, 1, 1.5, 1.0], datasets)
     table, strict = build_tables(["base=copy.json.gz", "LSP=lsp.json"])
-    assert (table.measure, strict.measure) == (WIN_RATE, STRICT_WIN_RATE)
+    assert table.measure == f"AlpacaEval {WIN_RATE}"
+    assert strict.measure == f"AlpacaEval {STRICT_WIN_RATE}"
     assert table.groups == ["koala", "vicuna", ALL]
     # 2, 1, 1.5 and 1 are wins of 1, 0, ½ and 0: vicuna (1 + ½) / 2, koala 0, all 1.5 / 4.
     means = {group: cell.mean for group, cell in table.rows[1].cells.items()}
@@ -124,12 +131,138 @@ def test_ties_as_losses_are_counted_in_both_orders():
         {"instruction": "a", "preference": 1.5, "baseline_first": 1, "model_first": 2},
         {"instruction": "b", "preference": 1.75, "baseline_first": 1.5, "model_first": 2},
         {"instruction": "c", "preference": 2},
+        {"instruction": "d", "preference": 1.5, "baseline_first": 1, "model_first": 2},
     ]
     Path("orders.jsonl").write_text("\n".join(json.dumps(row | PAIR) for row in rows))
     table, strict = build_tables(["orders.jsonl"])
-    # ½ + ¾ + 1 of 3; one of two orders, one of two, and 1: 2 of 3.
-    assert table.rows[0].cells[ALL].mean == pytest.approx(0.75)
-    assert strict.rows[0].cells[ALL].mean == pytest.approx(2 / 3)
+    # ½ + ¾ + 1 + ½ of 4; one of two orders, one of two, 1, and one of two: 2½ of 4.
+    assert table.rows[0].cells[ALL].mean == pytest.approx(0.6875)
+    assert strict.rows[0].cells[ALL].mean == pytest.approx(0.625)
+
+
+def test_win_rates_on_other_prompts_are_not_alpacaevals_and_no_figure_of_the_paper_stands_beside_them(
+    capsys: Any,
+):
+    annotations("lsp.json", [2, 1], ["koala", "mine"])
+    assert main(["eval", "table", "LSP=lsp.json"]) == 0
+    out = capsys.readouterr().out
+    assert "### win rate (2 questions)" in out
+    assert "Alpaca" not in out
+    assert "paper" not in out.lower()
+
+
+def test_rows_of_several_baselines_are_told_and_not_tested_against_each_other(capsys: Any):
+    annotations("base.json", [1.5, 1.5], ["koala"] * 2, baseline="./weak/ (own copy)")
+    annotations("a.json", [2, 1.5], ["koala"] * 2, baseline="weak")
+    annotations("b.json", [2, 1.5], ["koala"] * 2, baseline="strong")
+    table, _ = build_tables(["base=base.json", "a.json", "b.json"])
+    # The base's own copy is the base, by whichever name of its folder.
+    assert [row.cells[ALL].difference for row in table.rows] == [None, 0.25, None]
+    told = "Judged against several baselines: base, a against weak; b against strong."
+    assert table.notes == [f"{told} Compare rows of the same one only."]
+    assert main(["eval", "table", "base=base.json", "a.json", "b.json", "--write", "t.csv"]) == 0
+    said = capsys.readouterr()
+    assert said.out.count(told) == 2
+    assert said.err == "t.csv: written\n"
+    rows = csv.DictReader(Path("t.csv").read_text().splitlines())
+    assert {(r["model"], r["baseline"]) for r in rows} == {
+        ("base", "weak"), ("a", "weak"), ("b", "strong"),
+    }  # fmt: skip
+    one, _ = build_tables(["base=base.json", "a.json"])
+    assert one.notes == []
+
+
+def test_subsets_are_those_of_any_row(capsys: Any):
+    annotations("plain.json", [2, 1, 1], [None] * 3)
+    annotations("lsp.json", [2, 1, 1.5], ["koala", "vicuna", "koala"])
+    table, _ = build_tables(["plain.json", "lsp.json"])
+    assert table.groups == ["koala", "vicuna", ALL]
+    # The first row has no subsets of its own: its 2 and 1 are koala's.
+    assert [row.cells["koala"].mean for row in table.rows] == [0.5, 0.75]
+    annotations("other.json", [2, 1, 1], ["vicuna", "vicuna", "koala"])
+    with pytest.raises(
+        InputFileError, match=r"other.json: 'do 0' is of 'vicuna', and of 'koala' in"
+    ):
+        build_tables(["lsp.json", "other.json"])
+
+
+def test_the_folder_that_judging_left_stands_for_its_annotations(capsys: Any):
+    Path("out").mkdir()
+    annotations("out/annotations.json", [2, 1], ["koala"] * 2)
+    Path("out/report.json").write_text('{"win_rate": 50.0}')
+    [table, _] = build_tables(["out"])
+    assert (table.rows[0].label, table.rows[0].cells[ALL].mean) == ("out", 0.5)
+    assert main(["eval", "table", "out/report.json"]) == 2
+    assert capsys.readouterr().err.endswith("no paired test; name out/annotations.json\n")
+
+
+# ---------------------------------------------------------------- which questions are the same
+
+
+def keyed(file: str, name: str, queries: list[str], right: list[int]) -> str:
+    rows = [
+        {"set": name, "id": str(i), "query": q, "key": "k", "answers": [{"right": bool(r)}]}
+        for i, (q, r) in enumerate(zip(queries, right, strict=True), 1)
+    ]
+    Path(file).write_text(json.dumps({"set": name, "questions": rows}))
+    return file
+
+
+def test_one_set_under_two_names_is_one_table_which_says_so(capsys: Any):
+    keyed("base.json", "gsm8k", ["a", "b"], [0, 1])
+    keyed("lsp.json", "test", ["a", "b"], [1, 1])
+    [table] = build_tables(["base=base.json", "lsp.json"])
+    assert table.measure == "gsm8k, accuracy"
+    assert [row.cells[ALL].mean for row in table.rows] == [0.5, 1.0]
+    assert table.notes == ["test, accuracy of lsp.json has the same questions."]
+    assert main(["eval", "table", "base=base.json", "lsp.json"]) == 0
+    assert "test, accuracy of lsp.json has the same questions." in capsys.readouterr().out
+
+
+def test_other_questions_under_the_same_names_are_not_compared():
+    keyed("a.json", "test", ["a", "b"], [0, 1])
+    keyed("b.json", "test", ["a", "c"], [1, 1])
+    with pytest.raises(
+        InputFileError, match=r"b.json: test, accuracy is .* '2' is the name of two"
+    ):
+        build_tables(["a.json", "b.json"])
+
+
+def test_a_model_that_was_asked_the_same_questions_twice_has_two_tables():
+    one, two = (json.loads(Path(keyed("a.json", n, ["a"], [1])).read_text()) for n in ("x", "y"))
+    questions = one["questions"] + two["questions"]
+    for name in ("a", "b"):
+        Path(f"{name}.json").write_text(json.dumps({"questions": questions}))
+    keyed("c.json", "z", ["a"], [1])
+    tables = build_tables(["a.json", "b.json", "c.json"])
+    assert [(t.measure, len(t.rows)) for t in tables] == [("x, accuracy", 3), ("y, accuracy", 2)]
+    # Also where a row before it has one of its names, and the other comes first.
+    Path("b.json").write_text(json.dumps({"questions": two["questions"] + one["questions"]}))
+    keyed("c.json", "x", ["a"], [1])
+    tables = build_tables(["c.json", "b.json"])
+    assert [(t.measure, len(t.rows)) for t in tables] == [("x, accuracy", 2), ("y, accuracy", 1)]
+
+
+def test_for_a_terminal_no_line_is_longer_than_80_columns():
+    from io import StringIO
+
+    from rich.console import Console
+
+    from language_self_play.cli.eval_table import _print
+
+    datasets = [*SUBSETS] * 20
+    annotations("base.json", [1, 2] * 50, datasets)
+    annotations("lsp.json", [2, 1.5, 1, 2] * 25, datasets)
+    out = StringIO()
+    _print(build_tables(["base=base.json", "LSP=lsp.json"]), Console(file=out, width=80))
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert re.search(
+        r"^   LSP +62\.5 \[\S+, \S+\] +\+12\.5 \[\S+, \S+\] +0\.\d+$", "\n".join(lines), re.M
+    )
+    # The paper's figures are one line each, below the row of their name.
+    [place] = [i for i, line in enumerate(lines) if re.fullmatch(r" +paper, v3 +36\.4", line)]
+    assert re.match(r"   LSP  ", lines[place - 2])
 
 
 def test_the_papers_win_rates_stand_beside_no_accuracy(capsys: Any):

@@ -23,6 +23,10 @@ from language_self_play.wording import counted
 
 # The answers of gpt4_1106_preview, AlpacaEval 2.0's baseline, to its 805 instructions.
 HUB_DATASET, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json"
+# The instructions' data sets.
+SUBSETS = ("helpful_base", "koala", "oasst", "selfinstruct", "vicuna")
+# What a model that answers a second time is called.
+OWN_COPY = " (own copy)"
 INSTRUCTION_COLUMNS = ("instruction", "prompt", "query", "question")
 
 

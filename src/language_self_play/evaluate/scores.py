@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,27 +13,36 @@ from pathlib import Path
 from language_self_play.config import Config
 from language_self_play.errors import InputFileError, RunFolderError
 from language_self_play.evaluate.outcomes import ARENA, Record, passes
-from language_self_play.evaluate.outputs import read_annotations
+from language_self_play.evaluate.outputs import OWN_COPY, SUBSETS, read_annotations
 from language_self_play.evaluate.win_rate import BASELINE_WINS, TIE
 from language_self_play.model_card import NAMES
 from language_self_play.run_folder import RunFolder
 
 BASE = "base"
-WIN_RATE = "AlpacaEval win rate"
+ALPACA = "AlpacaEval"
+WIN_RATE = "win rate"
 # What the paper reports: its base against its own copy has 26.5 %, so a tie is no win there.
-STRICT_WIN_RATE = "AlpacaEval win rate, ties as losses"
+STRICT_WIN_RATE = "win rate, ties as losses"
+# What the arena's queries and instructions stand for: themselves.
+BY_NAME = ""
 # Runs that begin where another ended; a chain is no longer unless two runs name each other.
 LONGEST_CHAIN = 8
 
 
 @dataclass
 class Scores:
-    """A measure of one model: a value from 0 to 1 for each question, and its subset or tier."""
+    """A measure of one model: a value from 0 to 1 for each question, and its subset or tier.
 
+    `kind` is what is measured, whatever the questions' set is called. `asked` has what each question's
+    name stands for, also of those without a value because a judge gave no verdict.
+    """
+
+    kind: str
     values: dict[str, float] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
-    unjudged: set[str] = field(default_factory=set)  # asked, but without a verdict
+    asked: dict[str, str] = field(default_factory=dict)
     judge: str = ""  # whose verdicts they are
+    baseline: str = ""  # whom they compare with
 
 
 @dataclass
@@ -55,9 +65,10 @@ def read_measured(argument: str) -> tuple[Measured, Measured | None]:
     path = Path(named)
     if not path.exists():
         raise InputFileError(f"{named}: no such run or file of results")
-    if path.is_dir():
+    if path.is_dir() and not (path / "annotations.json").is_file():
         return _read_run(label, path)
-    scores = _read_file(path)
+    # The folder is one that `lsp eval alpaca` or `win-rate` left, whose verdicts lie in it.
+    scores = _read_file(path / "annotations.json" if path.is_dir() else path)
     return Measured(
         label or path.name.removesuffix(".gz").removesuffix(".json"), named, scores
     ), None
@@ -98,9 +109,9 @@ def scores_of(questions: Sequence[Record], source: Path) -> dict[str, Scores]:
     scores: dict[str, Scores] = {}
     for number, question in enumerate(questions, 1):
         if isinstance(question, Mapping) and question.get("preference", TIE) is None:
-            measure = f"{question.get('set')}, win rate"
-            known = scores.setdefault(measure, Scores(judge=question.get("judge", "")))
-            known.unjudged.add(str(question.get("id")))
+            measure = f"{question.get('set')}, {WIN_RATE}"
+            known = scores.setdefault(measure, Scores(WIN_RATE, judge=question.get("judge", "")))
+            known.asked[str(question.get("id"))] = BY_NAME
             continue
         try:
             of_question = _values(question)
@@ -112,31 +123,34 @@ def scores_of(questions: Sequence[Record], source: Path) -> dict[str, Scores]:
                 f"{source}: question {number} has no score; a record is damaged, or its model's numbers"
                 " were not finite"
             ) from None
-        for measure, value in of_question.items():
-            known = scores.setdefault(measure, Scores(judge=question.get("judge", "")))
+        for kind, value in of_question.items():
+            known = scores.setdefault(
+                f"{question['set']}, {kind}", Scores(kind, judge=question.get("judge", ""))
+            )
             if identity in known.values:
                 raise InputFileError(
                     f"{source}: has question {identity!r} of {question['set']} twice"
                 )
             known.values[identity] = value
+            known.asked[identity] = (
+                json.dumps([question["query"], question.get("key")])
+                if "query" in question and question["set"] != ARENA
+                else BY_NAME
+            )
             if group is not None:
                 known.groups[identity] = str(group)
     return scores
 
 
 def _values(question: Record) -> dict[str, float]:
-    """Measure -> value of one question."""
-    name = str(question["set"])
-    if name == ARENA:
-        return {
-            f"{name}, sampled": float(question["probability"]),
-            f"{name}, greedy": float(question["greedy"]),
-        }
+    """What is measured -> its value of one question."""
+    if question["set"] == ARENA:
+        return {"sampled": float(question["probability"]), "greedy": float(question["greedy"])}
     if "preference" in question:
-        return {f"{name}, win rate": float(question["preference"]) - BASELINE_WINS}
-    values = {f"{name}, accuracy": passes(question, 1)}
+        return {WIN_RATE: float(question["preference"]) - BASELINE_WINS}
+    values = {"accuracy": passes(question, 1)}
     if (n := len(question["answers"])) > 1:
-        values[f"{name}, pass@{n}"] = passes(question, n)
+        values[f"pass@{n}"] = passes(question, n)
     return values
 
 
@@ -162,9 +176,13 @@ def _read_file(path: Path) -> dict[str, Scores]:
         ]
         return scores_of(rows, path)
     if isinstance(found, Mapping) and "win_rate" in found:
+        beside = path.with_name("annotations.json")
+        where = (
+            beside if beside.is_file() else "annotations.json in the folder --out of that command"
+        )
         raise InputFileError(
-            f"{path}: holds a win rate, not its judgements, and without them nothing can be compared"
-            " question by question; name the file of annotations"
+            f"{path}: holds a win rate, not its judgements, and without them there is no paired test;"
+            f" name {where}"
         )
     raise InputFileError(
         f"{path}: holds no results question by question; a file of `lsp eval accuracy --json` does,"
@@ -175,14 +193,23 @@ def _read_file(path: Path) -> dict[str, Scores]:
 def _win_rates(path: Path) -> dict[str, Scores]:
     """A preference from 1 (the baseline) to 2 (the model) is a win from 0 to 1, or one if above 1.5.
 
-    Ties as losses are counted in each of the two orders, where the file has them.
+    Ties as losses are counted in each of the two orders, where the file has them. Instructions of
+    AlpacaEval's subsets alone are AlpacaEval's.
     """
-    annotations, unjudged = read_annotations(path, "annotations")
-    judges = sorted({a.annotator for a in annotations})
-    scores, strict = (Scores(unjudged=set(unjudged), judge=", ".join(judges)) for _ in range(2))
-    for a in annotations:
-        scores.values[a.instruction] = a.preference - 1
-        strict.values[a.instruction] = a.strict_win
-        if a.dataset is not None:
-            scores.groups[a.instruction] = strict.groups[a.instruction] = a.dataset
-    return {WIN_RATE: scores, STRICT_WIN_RATE: strict}
+    annotations, unjudged = read_annotations(path, "RUN")
+    judges = ", ".join(sorted({a.annotator for a in annotations}))
+    # A model's own copy is that model.
+    baseline = os.path.normpath(annotations[0].generator_1.removesuffix(OWN_COPY))
+    asked = dict.fromkeys([a.instruction for a in annotations] + unjudged, BY_NAME)
+    groups = {a.instruction: a.dataset for a in annotations if a.dataset is not None}
+    of_alpaca = bool(groups) and set(groups.values()) <= set(SUBSETS)
+    wins = {
+        WIN_RATE: {a.instruction: a.preference - 1 for a in annotations},
+        STRICT_WIN_RATE: {a.instruction: a.strict_win for a in annotations},
+    }
+    return {
+        f"{ALPACA} {kind}" if of_alpaca else kind: Scores(
+            kind, values, groups, asked, judges, baseline
+        )
+        for kind, values in wins.items()
+    }

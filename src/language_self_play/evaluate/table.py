@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from language_self_play.arena.tasks import TIERS
 from language_self_play.errors import ConfigError, InputFileError
 from language_self_play.evaluate.intervals import bootstrap_interval, paired_bootstrap_p
+from language_self_play.evaluate.outputs import SUBSETS
 from language_self_play.evaluate.scores import (
+    ALPACA,
     BASE,
     STRICT_WIN_RATE,
     Measured,
@@ -22,7 +24,6 @@ from language_self_play.evaluate.scores import (
 )
 
 ALL = "all"
-SUBSETS = ("helpful_base", "koala", "oasst", "selfinstruct", "vicuna")
 
 # Win rates in AlpacaEval that the paper reports, in %: (version, subset) -> row -> figure.
 PAPER = {
@@ -65,8 +66,18 @@ class Row:
 
     label: str
     source: str
+    baseline: str  # of win rates
     cells: dict[str, Cell]
     paper: dict[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model's scores of one measure, under the name that it has there."""
+
+    model: Measured
+    measure: str
+    scores: Scores
 
 
 @dataclass(frozen=True)
@@ -74,8 +85,10 @@ class MeasureTable:
     """One measure of all models."""
 
     measure: str
+    num_questions: int
     groups: list[str]
     rows: list[Row]
+    notes: list[str]  # what keeps rows from being compared, and other names of the questions
 
 
 def build_tables(arguments: Sequence[str]) -> list[MeasureTable]:
@@ -99,8 +112,30 @@ def build_tables(arguments: Sequence[str]) -> list[MeasureTable]:
             base = own_base
     models = _distinct(models)
     everything = [*([base] if base else []), *models]
-    measures = dict.fromkeys(measure for model in everything for measure in model.scores)
-    return [_table(measure, base, everything) for measure in measures]
+    placed: dict[str, list[Entry]] = {}
+    for model in everything:
+        for measure, scores in model.scores.items():
+            table = _place(placed, measure, scores, model)
+            placed.setdefault(table, []).append(Entry(model, measure, scores))
+    return [_table(measure, base, entries) for measure, entries in placed.items()]
+
+
+def _place(placed: dict[str, list[Entry]], measure: str, scores: Scores, model: Measured) -> str:
+    """The table that a measure belongs to: that of its name, else one of the same questions.
+
+    A model that was asked the same questions twice, such as by other settings, has two tables.
+    """
+    if measure in placed:
+        return measure
+    for table, entries in placed.items():
+        first = entries[0].scores
+        same = (first.kind, first.judge) == (
+            scores.kind,
+            scores.judge,
+        ) and first.asked == scores.asked
+        if same and table not in model.scores and all(e.model is not model for e in entries):
+            return table
+    return measure
 
 
 def _distinct(models: list[Measured]) -> list[Measured]:
@@ -116,55 +151,89 @@ def _distinct(models: list[Measured]) -> list[Measured]:
     return told
 
 
-def _table(measure: str, base: Measured | None, models: list[Measured]) -> MeasureTable:
-    having = [model for model in models if measure in model.scores]
-    first = having[0]
-    for model in having[1:]:
-        _refuse_others(measure, first, model)
-    groups = _groups(first.scores[measure])
-    of_base = None if base is None else base.scores.get(measure)
+def _table(measure: str, base: Measured | None, entries: list[Entry]) -> MeasureTable:
+    first = entries[0]
+    groups: dict[str, str] = {}
+    for entry in entries:
+        _refuse_others(measure, first, entry)
+        for question, group in entry.scores.groups.items():
+            if groups.setdefault(question, group) != group:
+                raise InputFileError(
+                    f"{entry.model.source}: {question[:60]!r} is of {group!r}, and of"
+                    f" {groups[question]!r} in another row; give both the same subsets"
+                )
+    of_base = next((e.scores for e in entries if e.model is base), None)
     rows = [
         Row(
-            model.label,
-            model.source,
+            entry.model.label,
+            entry.model.source,
+            entry.scores.baseline,
             {
-                group: _cell(model.scores[measure], None if model is base else of_base, group)
-                for group in groups
+                group: _cell(entry.scores, _comparable(of_base, entry.scores), groups, group)
+                for group in _in_order(groups)
             },
-            _paper(measure, model.label),
+            _paper(measure, entry.model.label),
         )
-        for model in having
+        for entry in entries
     ]
-    return MeasureTable(measure, groups, rows)
+    names = [
+        f"{entry.measure} of {entry.model.source} has the same questions."
+        for entry in entries
+        if entry.measure != measure
+    ]
+    return MeasureTable(
+        measure, len(first.scores.asked), _in_order(groups), rows, [*_baselines(rows), *names]
+    )
 
 
-def _refuse_others(measure: str, one: Measured, other: Measured) -> None:
-    judge, other_judge = (m.scores[measure].judge for m in (one, other))
+def _refuse_others(measure: str, one: Entry, other: Entry) -> None:
+    judge, other_judge = one.scores.judge, other.scores.judge
+    source, other_source = one.model.source, other.model.source
     if judge != other_judge:
         raise InputFileError(
-            f"{other.source}: was judged by {other_judge or 'nobody named'}, and {one.source} by"
+            f"{other_source}: was judged by {other_judge or 'nobody named'}, and {source} by"
             f" {judge or 'nobody named'}; compare verdicts of one judge"
         )
-    a, b = (
-        set(scores.values) | scores.unjudged
-        for scores in (one.scores[measure], other.scores[measure])
-    )
-    if a != b:
+    a, b = one.scores.asked, other.scores.asked
+    if set(a) != set(b):
         raise InputFileError(
-            f"{other.source}: {measure} is of other questions than {one.source}'s ({len(b)} and"
-            f" {len(a)}, {len(a & b)} in common); evaluate both on the same ones"
+            f"{other_source}: {measure} is of other questions than {source}'s ({len(b)} and"
+            f" {len(a)}, {len(set(a) & set(b))} in common); evaluate both on the same ones"
+        )
+    if changed := next((name for name in a if a[name] != b[name]), None):
+        raise InputFileError(
+            f"{other_source}: {measure} is of other questions than {source}'s: {changed[:60]!r} is the"
+            " name of two; evaluate both on the same ones"
         )
 
 
-def _groups(scores: Scores) -> list[str]:
+def _comparable(of_base: Scores | None, scores: Scores) -> Scores | None:
+    """The base's, for a row other than its own and judged against the same baseline."""
+    if of_base is None or of_base is scores or of_base.baseline != scores.baseline:
+        return None
+    return of_base
+
+
+def _baselines(rows: list[Row]) -> list[str]:
+    """A sentence if the rows were judged against several baselines."""
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        labels.setdefault(row.baseline, []).append(row.label)
+    if len(labels) < 2:
+        return []
+    told = "; ".join(f"{', '.join(names)} against {baseline}" for baseline, names in labels.items())
+    return [f"Judged against several baselines: {told}. Compare rows of the same one only."]
+
+
+def _in_order(groups: dict[str, str]) -> list[str]:
     """The groups in their usual order, and all."""
-    found = dict.fromkeys(scores.groups.values())
+    found = dict.fromkeys(groups.values())
     usual = [group for group in (*TIERS, *SUBSETS) if group in found]
     return [*usual, *(group for group in found if group not in usual), ALL]
 
 
-def _cell(scores: Scores, base: Scores | None, group: str) -> Cell:
-    chosen = [q for q in scores.values if group == ALL or scores.groups.get(q) == group]
+def _cell(scores: Scores, base: Scores | None, groups: dict[str, str], group: str) -> Cell:
+    chosen = [q for q in scores.values if group == ALL or groups.get(q) == group]
     values = [scores.values[q] for q in chosen]
     if not values:
         return Cell(0, math.nan, math.nan, math.nan)
@@ -188,6 +257,6 @@ def _cell(scores: Scores, base: Scores | None, group: str) -> Cell:
 
 
 def _paper(measure: str, label: str) -> dict[tuple[str, str], float]:
-    if measure != STRICT_WIN_RATE:
+    if measure != f"{ALPACA} {STRICT_WIN_RATE}":
         return {}
     return {place: rows[label] for place, rows in PAPER.items() if label in rows}

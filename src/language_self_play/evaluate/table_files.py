@@ -7,10 +7,12 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from language_self_play.durable import replace_bytes
 from language_self_play.errors import ConfigError, InputFileError
 from language_self_play.evaluate.table import ALL, PAPER, Cell, MeasureTable
 from language_self_play.extras import require
 from language_self_play.markdown import PLAIN, escaped, table
+from language_self_play.wording import counted
 
 SIGNIFICANT = 0.05
 NOTE = (
@@ -23,6 +25,7 @@ PAPER_NOTE = (
     " baseline was your base model too."
 )
 ENDINGS = (".md", ".csv", ".png")
+PAPER_MARKS = {"v1": "o", "v3": "D"}
 
 
 def markdown_of(tables: Sequence[MeasureTable]) -> str:
@@ -36,12 +39,13 @@ def markdown_of(tables: Sequence[MeasureTable]) -> str:
         header += [f"paper {v}" + ("" if group == ALL else f", {group}") for v, group in places]
         rows = []
         for row in one.rows:
-            cells = [_plain(row.label), *(_shown(row.cells[g], g) for g in one.groups)]
-            cells += _against_base(row.cells[ALL]) if has_base else []
+            cells = [_plain(row.label), *(shown(row.cells[g], g) for g in one.groups)]
+            cells += against_base(row.cells[ALL]) if has_base else []
             cells += [f"{row.paper[p]:.1f}" if p in row.paper else "" for p in places]
             rows.append(cells)
-        n = one.rows[0].cells[ALL].n
-        parts.append(f"### {_plain(one.measure)} ({n:,} questions)\n\n{table(header, rows)}")
+        title = f"{_plain(one.measure)} ({counted(one.num_questions, 'question')})"
+        parts.append(f"### {title}\n\n{table(header, rows)}")
+        parts += [_plain(note) for note in one.notes]
         if places:
             parts.append(PAPER_NOTE)
     return "\n\n".join([*parts, NOTE]) + "\n"
@@ -51,7 +55,7 @@ def _plain(text: str) -> str:
     return text if PLAIN.fullmatch(text) else escaped(text)
 
 
-def _shown(cell: Cell, group: str) -> str:
+def shown(cell: Cell, group: str) -> str:
     if cell.n == 0:
         return ""
     star = "*" if group != ALL and cell.p is not None and cell.p < SIGNIFICANT else ""
@@ -59,7 +63,7 @@ def _shown(cell: Cell, group: str) -> str:
     return numbers + star
 
 
-def _against_base(cell: Cell) -> list[str]:
+def against_base(cell: Cell) -> list[str]:
     if cell.difference is None or cell.p is None:
         return ["", ""]
     assert cell.difference_low is not None
@@ -71,7 +75,7 @@ def _against_base(cell: Cell) -> list[str]:
 
 COLUMNS = (
     *("measure", "group", "model", "source", "n", "mean", "low", "high"),
-    *("difference", "difference_low", "difference_high", "p", "paper_v1", "paper_v3"),
+    *("difference", "difference_low", "difference_high", "p", "paper_v1", "paper_v3", "baseline"),
 )
 
 
@@ -87,18 +91,19 @@ def csv_of(tables: Sequence[MeasureTable]) -> str:
                 numbers = [c.n, c.mean, c.low, c.high, c.difference]
                 numbers += [c.difference_low, c.difference_high, c.p]
                 fractions = ["" if figure is None else round(figure / 100, 4) for figure in paper]
-                writer.writerow([one.measure, group, row.label, row.source, *numbers, *fractions])
+                named = [one.measure, group, row.label, row.source]
+                writer.writerow([*named, *numbers, *fractions, row.baseline])
     return out.getvalue()
 
 
 def write_table(file: Path, tables: Sequence[MeasureTable]) -> None:
     """Write `file` as its ending says. Raises InputFileError, ConfigError without matplotlib."""
+    if file.suffix == ".png":
+        contents = _drawn(tables)
+    else:
+        contents = (markdown_of(tables) if file.suffix == ".md" else csv_of(tables)).encode()
     try:
-        if file.suffix == ".png":
-            _draw(file, tables)
-        else:
-            text = markdown_of(tables) if file.suffix == ".md" else csv_of(tables)
-            file.write_text(text, "utf-8", newline="")
+        replace_bytes(file, contents)
     except OSError as error:
         raise InputFileError(f"--write {file}: can't be written ({error.strerror})") from None
 
@@ -116,15 +121,15 @@ def check_endings(files: Sequence[Path]) -> None:
             require("matplotlib", "plot", f"--write {file}")
 
 
-def _draw(file: Path, tables: Sequence[MeasureTable]) -> None:
-    """One panel a measure: a bar for each model in each group, with its interval."""
+def _drawn(tables: Sequence[MeasureTable]) -> bytes:
+    """A PNG of one panel a measure: a bar for each model in each group, its interval, the paper's figures."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2 * len(tables)), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, no display
+    drawing = Figure(figsize=(9, 3.2 * len(tables)), layout="constrained")
+    FigureCanvasAgg(drawing)  # no window, no display
     for place, one in enumerate(tables, 1):
-        axes = figure.add_subplot(len(tables), 1, place)
+        axes = drawing.add_subplot(len(tables), 1, place)
         width = 0.8 / len(one.rows)
         for i, row in enumerate(one.rows):
             cells = [row.cells[group] for group in one.groups]
@@ -135,9 +140,18 @@ def _draw(file: Path, tables: Sequence[MeasureTable]) -> None:
                 [max(0.0, 100 * (c.high - c.mean)) for c in cells],
             ]
             axes.bar(where, means, 0.9 * width, yerr=errors, capsize=2, label=row.label)
+            for (version, group), figure in row.paper.items():
+                if group in one.groups:
+                    x = where[one.groups.index(group)]
+                    axes.plot(x, figure, PAPER_MARKS[version], color="black", zorder=3)
+        for version, mark in PAPER_MARKS.items():
+            if any(version == v for row in one.rows for v, _ in row.paper):
+                axes.plot([], [], mark, color="black", label=f"paper, {version}")
         axes.set_xticks(range(len(one.groups)), one.groups)
         axes.set_ylabel("%")
         axes.set_title(one.measure)
         axes.set_ylim(0, None)
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(file, dpi=150)
+    picture = io.BytesIO()
+    drawing.savefig(picture, format="png", dpi=150)
+    return picture.getvalue()
