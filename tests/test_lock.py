@@ -18,6 +18,7 @@ import pytest
 import language_self_play.lock as lock_module
 from language_self_play.errors import RunFolderError
 from language_self_play.lock import BOOT_ID, Holder, RunLock
+from language_self_play.run_folder import RunFolder
 
 HERE = socket.gethostname()
 needs_proc = pytest.mark.skipif(not BOOT_ID.is_file(), reason="processes are read from /proc")
@@ -104,6 +105,37 @@ def test_an_error_lets_go_too(tmp_path):
         fail()
     assert list(tmp_path.iterdir()) == []
     take(tmp_path)
+
+
+def test_a_look_refuses_as_taking_does_and_leaves_no_trace(holder, tmp_path):
+    before = (tmp_path / "run.lock").read_bytes()
+    with pytest.raises(RunFolderError) as seen:
+        RunLock(tmp_path).refuse_if_held()
+    assert str(seen.value) == refusal(tmp_path)
+    assert (tmp_path / "run.lock").read_bytes() == before
+    RunLock(tmp_path / "nowhere").refuse_if_held()
+    assert not (tmp_path / "nowhere").exists()
+
+
+@needs_proc
+def test_a_look_passes_over_a_holder_that_has_gone(tmp_path):
+    leave_lock(tmp_path, pid=2**22 + 1, started=1)
+    RunLock(tmp_path).refuse_if_held()
+    with pytest.warns(UserWarning, match="has gone without a word"):
+        take(tmp_path)
+
+
+def test_a_run_in_use_is_refused_before_torch_is_imported(holder, tmp_path, make_config):
+    RunFolder(tmp_path).write_config(make_config())
+    (tmp_path / "checkpoints").mkdir()
+    code = (
+        "import sys; sys.modules['torch'] = None; from language_self_play.cli import main;"
+        " sys.exit(main(['train', '--resume', sys.argv[1]]))"
+    )
+    process = python(code, str(tmp_path))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert f"process {holder.pid} on {HERE} plays this run" in err
 
 
 def test_a_second_process_is_refused_by_one_sentence_with_host_and_pid(holder, tmp_path):

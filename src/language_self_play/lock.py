@@ -104,6 +104,22 @@ class RunLock:
                 stacklevel=2,
             )
 
+    def refuse_if_held(self) -> None:
+        """Raises RunFolderError if `take` would find another holder now; holds and writes nothing."""
+        if not self.file.exists():
+            return
+        me = Holder.this_process()
+        try:
+            held_elsewhere = not self._lock()
+            self._refuse(
+                self._named(me) if held_elsewhere else _read(self.file), held_elsewhere, me
+            )
+        except OSError as error:
+            if isinstance(error, RunFolderError):
+                raise
+        finally:
+            self._close()
+
     def _lock(self) -> bool:
         """Open the file and lock it; False if another process has it."""
         while True:

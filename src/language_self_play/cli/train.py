@@ -61,6 +61,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("which RECIPE? A TOML file or a shipped name, such as: lsp train arena")
 
     from language_self_play.config import Config
+    from language_self_play.lock import RunLock
     from language_self_play.run_folder import RunFolder, free_run_folder
 
     if options.resume:
@@ -80,6 +81,8 @@ def run(arguments: list[str]) -> int:
         return 0
 
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    if options.resume and is_first:
+        RunLock(folder.folder, options.take_over).refuse_if_held()  # before seconds of loading
     if is_first:
         print("Loading torch and the model …", flush=True)
     from language_self_play.train import self_play
