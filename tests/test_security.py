@@ -20,7 +20,7 @@ from language_self_play.errors import ModelError
 from language_self_play.pretrained import resolve_model
 from language_self_play.prompts import challenger_prompt
 from language_self_play.run_folder import RunFolder
-from test_judge import Endpoint, says
+from servers import Endpoint, says
 from test_train import small
 
 KEYS = {"OPENAI_API_KEY": "sk-fake-51f0c2a7d9", "HF_TOKEN": "hf_fakeQ8xkT2vLw"}

@@ -1,0 +1,120 @@
+"""Data sets that lie on a hub: a real HTTP server on localhost, asked by real commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from servers import DatasetHub
+
+pytest.importorskip("datasets", reason="the extra data is not installed")
+
+QUESTIONS = [{"question": f"{i}+1", "answer": f"thus #### {i + 1}"} for i in range(1, 5)]
+CARD = """---
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: main/train.jsonl
+  - split: test
+    path: main/test.jsonl
+---
+"""
+# The arena writes units first: 27+48 is 75, written 57.
+ALPACA = [
+    {"instruction": q, "output": "57", "generator": "gpt4_1106_preview", "dataset": d}
+    for q, d in (("27+48", "koala"), ("12+5", "vicuna"))
+]
+
+
+@pytest.fixture
+def hub():
+    lines = "".join(json.dumps(row) + "\n" for row in QUESTIONS).encode()
+    gsm8k = {
+        "README.md": CARD.encode(),
+        "main/test.jsonl": lines,
+        "main/train.jsonl": lines.splitlines(keepends=True)[0],
+    }
+    alpaca = {"alpaca_eval_gpt4_baseline.json": json.dumps(ALPACA).encode()}
+    server = DatasetHub({"openai/gsm8k": gsm8k, "tatsu-lab/alpaca_eval": alpaca})
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def lsp(tmp_path, url, *arguments):
+    """What `lsp` does in a process of its own, which reads the hub's address when it starts."""
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    # hf_xet speaks another protocol to another server; this is its documented switch.
+    env |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "language_self_play", *arguments],
+        env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_question_set_comes_from_the_hub_in_its_subset_and_split(hub, tmp_path):
+    done = lsp(
+        tmp_path, hub.url, "eval", "accuracy", "arena", "openai/gsm8k",
+        "--subset", "main", "--split", "test", "--method", "exact", "--max_tokens", "8",
+        "--json", "a.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert [q["query"] for q in report["questions"]] == ["1+1", "2+1", "3+1", "4+1"]
+    assert report["questions"][3]["key"] == "thus #### 5"
+
+
+def test_alpacas_instructions_and_baseline_come_from_the_hub(hub, tmp_path):
+    command = ["eval", "alpaca", "arena", "--judge.kind", "arena", "--max-tokens", "8"]
+    done = lsp(tmp_path, hub.url, *command, "--out", "o")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert (report["baseline"], report["n_total"]) == ("gpt4_1106_preview", 2)
+    assert set(report["subsets"]) == {"koala", "vicuna"}
+    # 57 is right for 27+48 alone, and the arena's model knows both sums: a tie and a win.
+    assert (report["n_draws"], report["n_wins"]) == (1, 1)
+    # From its cache, without the hub.
+    again = lsp(tmp_path, "http://127.0.0.1:1", *command, "--out", "o")
+    assert again.returncode == 0, again.stderr
+
+
+def one_sentence(done):
+    assert done.returncode == 2, done.stderr
+    asking, line = done.stderr.splitlines()
+    assert "the hub is asked" in asking
+    assert line.startswith("lsp: ")
+    return line.removeprefix("lsp: ")
+
+
+def test_what_the_hub_does_not_have_is_one_sentence(hub, tmp_path):
+    said = one_sentence(lsp(tmp_path, hub.url, "eval", "accuracy", "arena", "openai/gsm9k"))
+    assert said.startswith("SET = 'openai/gsm9k': can't be read: ")
+    named = ["openai/gsm8k", "--subset", "man"]
+    said = one_sentence(lsp(tmp_path, hub.url, "eval", "accuracy", "arena", *named))
+    assert said.startswith("SET = 'openai/gsm8k': can't be read: ")
+    assert "'main'" in said
+    hub.repos["tatsu-lab/alpaca_eval"].clear()
+    said = one_sentence(lsp(tmp_path, hub.url, "eval", "alpaca", "arena", "--judge.kind", "arena"))
+    assert said.startswith("alpaca_eval_gpt4_baseline.json of tatsu-lab/alpaca_eval can't be had")
+    assert said.endswith("name files by --instructions and --baseline")
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["accuracy", "arena", "openai/gsm8k"], "SET = 'openai/gsm8k': can't be read: "),
+        (["alpaca", "arena", "--judge.kind", "arena"], "alpaca_eval_gpt4_baseline.json of "),
+    ],
+)
+def test_without_a_network_it_is_one_sentence(command, sentence, tmp_path):
+    # No server listens at port 1.
+    assert one_sentence(lsp(tmp_path, "http://127.0.0.1:1", "eval", *command)).startswith(sentence)
