@@ -454,13 +454,14 @@ def test_a_damaged_model_folder_is_refused_in_one_sentence(
     assert main([*command, "./model"]) == 2
     # transformers may have had a word before.
     [line] = [s for s in capsys.readouterr().err.splitlines() if "[transformers]" not in s]
-    assert line.startswith("lsp: policy.path = './model': can't be loaded: ")
+    named = "MODEL" if command[0] == "eval" else "policy.path"
+    assert line.startswith(f"lsp: {named} = './model': can't be loaded: ")
 
 
 def test_a_device_that_is_not_there_is_refused_in_one_sentence(capsys):
     assert main(["eval", "accuracy", "arena", "--device", "abacus"]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("lsp: device = 'abacus': can't be used here: ")
+    assert line.startswith("lsp: --device = 'abacus': can't be used here: ")
 
 
 # ---------------------------------------------------------------- what `lsp play` plays

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from language_self_play import Config, self_play
 from language_self_play.advantages import centre, challenger_advantages
 from language_self_play.errors import ConfigError
-from language_self_play.pretrained import BUILT_IN_MODEL, resolve_model
+from language_self_play.model_paths import BUILT_IN_MODEL, resolve_model
 from language_self_play.rewards.arena import ArenaVerifier
 from language_self_play.run_folder import RunFolder
 from test_train import reproducible, small

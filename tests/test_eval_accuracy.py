@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from language_self_play.cli import eval_accuracy, main
 from language_self_play.errors import InputFileError
+from language_self_play.evaluate.intervals import wilson_interval
 from language_self_play.evaluate.kept import KeptRecords
 
 
@@ -31,11 +34,18 @@ def evaluate(*arguments: str) -> int:
 
 def test_a_file_is_asked_and_every_question_is_written(sums: str, capsys: Any):
     assert evaluate(sums, *FLAGS, "--json", "a.json") == 0
-    assert "accuracy (pass@1)" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.err.endswith("a.json: written\n")
     report = json.loads(Path("a.json").read_text())
     right = [q["answers"][0]["right"] for q in report["questions"]]
     assert len(right) == 10
     assert report["eval/sums/accuracy"] == sum(right) / 10 >= 0.8
+    # Wilson's interval, which lies nearer to ½ than the share, and its half.
+    low, high = report["ci95"]["eval/sums/accuracy"]
+    share = report["eval/sums/accuracy"]
+    assert (share, low, high) == wilson_interval(right)
+    assert report["eval/sums/accuracy_ci95"] == (high - low) / 2
+    assert f"{100 * share:.1f} │ [{100 * low:.1f}, {100 * high:.1f}]" in said.out
     assert (report["model"], report["set"], report["settings"]["limit"]) == ("arena", "sums", 0)
     assert not Path("a.json.part").exists()
 
@@ -102,13 +112,18 @@ def test_answers_to_other_questions_are_not_taken_over(
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(b"\xff\xfe\n", "can't be read"), (b"[1,\n{\n", "can't be read")]
+    ("content", "reason"),
+    [
+        (b"\xff\xfe\n", "can't be read"),
+        (b"[1,\n{\n", "can't be read"),
+        (b"{}\n3\n", "can't be read .a line is no record"),
+    ],
 )
 def test_a_damaged_file_of_kept_answers_is_one_sentence(content, reason, tmp_path):
     file = tmp_path / "a.part"
     file.write_bytes(content)
     with pytest.raises(InputFileError, match=rf"{file}: {reason}.*remove it"):
-        KeptRecords(file, {}, 4)
+        KeptRecords(file, {}, 4, 10)
 
 
 def test_a_model_written_anew_is_another_model(tmp_path: Path):
@@ -134,29 +149,31 @@ def test_a_runs_own_set_is_asked_as_the_run_asks_it(sums: str, capsys: Any):
 
 
 BAD = {
-    "no file": (["no.jsonl"], "eval.accuracy.no.path = 'no.jsonl': no such file"),
-    "no number": (["sums.jsonl", "--limit", "x"], "eval.accuracy.sums.limit = 'x': must be"),
+    "a mistyped file": (["sum.jsonl"], "SET sum.jsonl: no such file; did you mean sums.jsonl?"),
+    "no device": (["--device", "abacus"], "--device = 'abacus': can't be used here"),
+    "no file": (["no.jsonl"], "SET no.jsonl: no such file"),
+    "no number": (["sums.jsonl", "--limit", "x"], "--limit = 'x': must be"),
     "a typing error": (
         ["sums.jsonl", "--limitt", "3"],
-        "eval.accuracy.sums.limitt: no such setting; did you mean eval.accuracy.sums.limit?",
+        "--limitt: no such setting; did you mean --limit?",
     ),
     "no value": (["sums.jsonl", "--limit"], "--limit: needs a value"),
     "a seed for the arena": (["--seed", "3"], "--seed: has no effect on the arena's"),
     "a batch for the arena": (["--batch-size=3"], "--batch-size: has no effect on the arena's"),
     "a setting of sets for the arena": (["--limit", "3"], "--limit: has no effect on the arena's"),
-    "an empty name": (["=sums.jsonl"], "eval.accuracy: '' can't be a name"),
-    "an empty path": (["x="], "eval.accuracy.x.path = ''"),
+    "an empty name": (["=sums.jsonl"], "SET: '' can't be a name"),
+    "an empty path": (["x="], "SET = ''"),
     "a negative seed": (["sums.jsonl", "--seed", "-1"], "--seed = -1: must be at least 0"),
     "no batch": (["sums.jsonl", "--batch-size", "0"], "--batch-size = 0: must be at least 1"),
     "no folder": (["sums.jsonl", "--json", "no/a.json"], "--json no/a.json: there is no folder no"),
     "an empty file": (["empty.jsonl"], "empty.jsonl: holds no questions"),
     "a long question": (
         ["long.jsonl"],
-        "eval.accuracy.long: question '1' takes ",
+        "long.jsonl:1: the question takes ",
     ),
     "several answers, all alike": (
         ["sums.jsonl", "--num_answers", "3"],
-        "eval.accuracy.sums: num_answers = 3: at temperature",
+        "SET: num_answers = 3: at temperature",
     ),
 }
 
@@ -169,3 +186,80 @@ def test_bad_input_is_one_sentence_and_exit_code_2(what: str, sums: str, capsys:
     assert evaluate(*arguments) == 2
     lines = [x for x in capsys.readouterr().err.splitlines() if "[transformers]" not in x]
     assert [line for line in lines if line.startswith(f"lsp: {sentence}")] == lines
+
+
+def test_answers_that_are_all_there_stay_though_their_last_batch_is_not_whole(tmp_path: Path):
+    kept = KeptRecords(tmp_path / "a", {"asked": 1}, 2, 3)
+    kept.add([{"i": 0}, {"i": 1}])
+    kept.add([{"i": 2}])
+    assert KeptRecords(tmp_path / "a", {"asked": 1}, 2, 3).records == [{"i": i} for i in range(3)]
+    # Of four the third is half a batch, whose draws begin with it.
+    assert KeptRecords(tmp_path / "a", {"asked": 1}, 2, 4).records == [{"i": 0}, {"i": 1}]
+
+
+def test_a_setting_that_stands_in_the_runs_recipe_keeps_its_name(sums: str, capsys: Any):
+    flags = [
+        *["--steps", "1", "--threads", "1", "--log.progress", "none", "--eval.tasks", "[]"],
+        *["--eval.accuracy.mine.path", sums, "--eval.accuracy.mine.method", "exact"],
+        *["--eval.accuracy.mine.max_tokens", "6"],
+    ]
+    assert main(["train", "arena-grpo", "--run", "r", *flags]) == 0
+    Path(sums).unlink()
+    capsys.readouterr()
+    assert main(["eval", "accuracy", "r", "mine"]) == 2
+    assert "eval.accuracy.mine.path = 'sums.jsonl': no such file" in capsys.readouterr().err
+    assert main(["eval", "accuracy", "r", "mine", "--limit", "x"]) == 2
+    assert "lsp: --limit = 'x': must be" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_is_the_argument_that_named_it(sums: str, capsys: Any):
+    Path("m").mkdir()
+    Path("m/config.json").write_text('{"model_type": "llama"}')
+    for command in (
+        ["accuracy", "m"],
+        ["accuracy", "m", sums],
+        ["win-rate", "m", "arena", "--prompts", sums, "--judge.kind", "arena"],
+    ):
+        assert main(["eval", *command]) == 2
+        assert "lsp: MODEL = 'm': can't be loaded: " in capsys.readouterr().err
+    assert main(["eval", *command[:1], "arena", "m", *command[3:]]) == 2
+    assert "lsp: BASELINE = 'm': can't be loaded: " in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_have_no_accuracy_but_an_exit_code_of_their_own(
+    tmp_path: Path, capsys: Any
+):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from language_self_play.model_paths import resolve_model
+
+    folder = shutil.copytree(resolve_model("arena"), tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert main(["eval", "accuracy", str(folder)]) == 3
+    assert "m: its log-probs are not finite" in capsys.readouterr().err
+
+
+MISTYPED = {
+    "accuracy ./nothere": "./nothere: no such folder",
+    "accuracy arena nothere.jsonl": "SET nothere.jsonl: no such file",
+    "win-rate ./nothere a.jsonl --prompts sums.jsonl": "./nothere: no such folder",
+    "win-rate arena ./nothere --prompts sums.jsonl": "./nothere: no such folder",
+    "alpaca ./nothere --baseline a.jsonl --instructions sums.jsonl": "./nothere: no such folder",
+    "harness ./nothere --tasks ifeval": "./nothere: no such folder",
+    "table nothere": "nothere: no such run or file",
+}
+
+
+@pytest.mark.parametrize("line", MISTYPED)
+def test_a_typing_error_is_told_before_torch_is_imported(line: str, sums: str):
+    code = (
+        "import sys; sys.modules['torch'] = None; from language_self_play.cli import main;"
+        f" sys.exit(main(['eval', *{line.split()!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr[:5]) == (2, "lsp: ")
+    assert done.stderr[5:].startswith(MISTYPED[line])

@@ -13,14 +13,14 @@ import time
 
 import pytest
 
-import test_judge
+import servers
 from language_self_play.cli import main
-from test_judge import Endpoint, says, scored, status
+from servers import Endpoint, says, scored, status
 
 pytest.importorskip("openai")
 
-endpoint = test_judge.endpoint
-_surroundings = test_judge._surroundings
+endpoint = servers.endpoint
+_surroundings = servers.surroundings
 
 PUBLISHED = ("FuseChat-Llama-3.2-1B-Instruct", "OpenHermes-2.5-Mistral-7B", "alpaca-7b_verbose")
 QUERIES = ["27+48", "12+5", "9+9", "3+4", "50+50"]
@@ -334,6 +334,45 @@ def test_a_pair_without_a_verdict_is_told_counted_and_left_out(
     assert of_file["length_control"] == of_model["length_control"]
 
 
+def test_a_judges_score_that_is_not_finite_has_an_exit_code_of_its_own(prompts, tmp_path, capsys):
+    (tmp_path / "nan_judge.py").write_text(
+        "def score(q, a): return [1e39 if x == 'c' else 1 for x in a]"
+    )
+    mine = answers(tmp_path / "mine.json", list("abcde"))
+    theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
+    judge = ["--judge.kind", "python", "--judge.function", "nan_judge:score"]
+    assert main(["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge]) == 3
+    assert capsys.readouterr().err.splitlines()[-1].startswith("lsp: --judge: returned 1e+39 for")
+
+
+def test_figures_go_where_the_shell_leads_them(tmp_path):
+    rows = [
+        {
+            "instruction": "q",
+            "output_1": "a",
+            "generator_1": "base",
+            "output_2": "b",
+            "generator_2": "m",
+            "preference": 2.0,
+        }
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    command = ["eval", "alpaca", "--annotations", "a.json", "--json"]
+    assert main([*command, "link.json"]) == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text())["win_rate"] == 100.0
+    done = subprocess.run(
+        [sys.executable, "-m", "language_self_play", *command, "/dev/stderr"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert '"win_rate": 100.0' in done.stderr
+    assert {file.name for file in tmp_path.iterdir()} == {"a.json", "real.json", "link.json"}
+
+
 # ---------------------------------------------------------------- models that answer
 
 
@@ -367,7 +406,9 @@ def test_answers_go_on_after_the_last_whole_batch(prompts, judge, endpoint, tmp_
     whole = (tmp_path / "out" / "model_outputs.json").read_text()
     [file] = (tmp_path / "out").glob("answers-*.jsonl")
     lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[:2]) + lines[2][:-2])  # killed while the third was written
+    assert len(lines) == 1 + 5  # what was asked, and the answers
+    # Killed while the fourth was written; the third, which is half a batch, is drawn again with it.
+    file.write_text("".join(lines[:4]) + lines[4][:-2])
     assert main(command) == 0
     assert (tmp_path / "out" / "model_outputs.json").read_text() == whole
     assert file.read_text() == "".join(lines)
@@ -480,7 +521,7 @@ def test_interrupted_while_it_is_judged_it_ends_at_once_and_keeps_what_came(
 ):
     def reply(handler):
         if len(handler.server.requests) > 3:
-            test_judge.hang(handler)
+            servers.hang(handler)
         scored(1)(handler)
 
     endpoint.default = reply
@@ -492,7 +533,7 @@ def test_interrupted_while_it_is_judged_it_ends_at_once_and_keeps_what_came(
         [sys.executable, "-m", "language_self_play", *command],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        env=os.environ | {"JUDGE_KEY": test_judge.KEY},
+        env=os.environ | {"JUDGE_KEY": servers.KEY},
         text=True,
     )
     deadline = time.monotonic() + 60
@@ -530,7 +571,7 @@ MISTAKES = {
     "win-rate a.json b.json --prompts nothere.json": "--prompts nothere.json: no such file",
     "win-rate a.json b.json --prompts empty.json": "--prompts empty.json: the file is empty",
     "win-rate a.json b.json --prompts folder": "--prompts folder: is a folder; a file is needed",
-    "win-rate a.json nothere.json --prompts a.json": "baseline nothere.json: no such file",
+    "win-rate a.json nothere.json --prompts a.json": "BASELINE nothere.json: no such file",
     "win-rate empty.json a.json --prompts a.json": "MODEL empty.json: the file is empty",
     "win-rate ./nothere a.json --prompts a.json": "./nothere: no such folder",
     "win-rate folder a.json --prompts a.json": "folder: the folder holds no config.json",
@@ -542,7 +583,7 @@ MISTAKES = {
     "win-rate a.json a.json --prompts a.json --batch-size 0": "--batch-size 0: must be at least 1",
     "win-rate a.json a.json --prompts a.json --seed -1": "--seed -1: must be from 0",
     "win-rate a.json a.json --prompts a.json --dtype int8": "argument --dtype: invalid choice",
-    "win-rate arena a.json --prompts a.json --judge.kind arena --device abacus": "device = 'abacus'",
+    "win-rate arena a.json --prompts a.json --judge.kind arena --device abacus": "--device = 'abacus'",
     "win-rate a.json a.json --prompts a.json --solver.beta 1": "--solver: no such flag",
     "win-rate a.json a.json --prompts a.json --judge x": "--judge: no such flag",
     "win-rate a.json a.json --prompts a.json --promts x": "--promts: no such flag",
@@ -579,7 +620,7 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_answered(tmp_path
     command = ["win-rate", "arena", "a.json", "--prompts", "a.json", "--judge.kind", "arena"]
     assert main(["eval", *command, "--device", "abacus"]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("lsp: device = 'abacus': can't be used here")
+    assert line.startswith("lsp: --device = 'abacus': can't be used here")
     assert not (tmp_path / "evaluations").exists()
 
 

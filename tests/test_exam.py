@@ -288,7 +288,7 @@ def test_a_question_that_fills_the_context_is_named_before_anything_is_sampled(s
     sampler = Scripted(double)
     with (
         Exam("sums", QuestionSet(path=sums)) as exam,
-        pytest.raises(ConfigError, match=r"eval.accuracy.sums: question '10' takes 6 tokens.* 6;"),
+        pytest.raises(ConfigError, match=r"sums.jsonl:10: the question takes 6 tokens .* 6;"),
     ):
         exam.prompts(sampler, 6)
 

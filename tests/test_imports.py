@@ -102,7 +102,7 @@ ROOMS = [
         ],
     ),
     ("models as they lie, groups as batches", ["pretrained", "packing"]),
-    ("records of a run", ["checkpoint", "metrics", "guard", "distributed"]),
+    ("records of a run", ["checkpoint", "metrics", "guard", "distributed", "model_paths"]),
     ("files", ["run_folder", "data", "lock", "shard_files"]),
     ("how files are written", ["durable"]),
     ("the mathematics", ["advantages", "losses", "logprobs", "attention", "randomness"]),
@@ -163,7 +163,9 @@ BESIDE = {
     "evaluate.scores": {
         *["evaluate", "evaluate.outcomes", "evaluate.outputs", "model_card"],
     },
-    "evaluate.table": {"evaluate", "evaluate.intervals", "evaluate.scores"},
+    "evaluate.table": {
+        *["evaluate", "evaluate.intervals", "evaluate.outputs", "evaluate.scores"],
+    },
     "evaluate.table_files": {"evaluate", "evaluate.table"},
     "evaluate.outcomes": {"evaluate", "evaluate.intervals", "evaluate.pass_at_k"},
     "evaluate.subject": {"evaluate"},
@@ -209,6 +211,7 @@ LIBRARIES = {
         "cli.train",
         "cli.eval_accuracy",
         "cli.eval_pairs",
+        "cli.eval_table",
         "cli.eval_harness",
         "cli.play",
         "plan",
@@ -300,6 +303,7 @@ LIGHT = [
         "lock",
     ],
     *["evaluate.intervals", "evaluate.pass_at_k", "evaluate.outcomes", "evaluate.kept"],
+    *["model_paths", "wording"],
     *[
         "evaluate.scores",
         "evaluate.table",

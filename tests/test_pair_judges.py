@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-import test_judge
+import servers
 from language_self_play.errors import ConfigError, InputFileError, RewardError, ServiceError
 from language_self_play.evaluate.outputs import Output
 from language_self_play.evaluate.pair_judges import (
@@ -18,12 +18,12 @@ from language_self_play.evaluate.pair_judges import (
     pair_prompt,
     pairs_to_ask,
 )
-from test_judge import Endpoint, scored, status
+from servers import Endpoint, scored, status
 
 pytest.importorskip("openai")
 
-endpoint = test_judge.endpoint
-_surroundings = test_judge._surroundings
+endpoint = servers.endpoint
+_surroundings = servers.surroundings
 QUIET = lambda done, of: None  # noqa: E731
 TEMPLATE = "{query}|{first}|{second}"
 
@@ -111,7 +111,7 @@ def test_the_plan_counts_requests_tokens_and_dollars(build):
 def prose_for(query):
     def reply(handler):
         prose = handler.prompt.startswith(f"{query}|")
-        (test_judge.says("The first one is lovely.") if prose else scored(2))(handler)
+        (servers.says("The first one is lovely.") if prose else scored(2))(handler)
 
     return reply
 
@@ -130,7 +130,7 @@ def test_a_pair_that_gets_prose_has_no_verdict_and_is_asked_about_again(build, e
 
 def test_a_pair_with_a_verdict_in_one_order_only_has_none(build, endpoint):
     def reply(handler):
-        (test_judge.says("Hm.") if handler.prompt == "q|b|a" else scored(0))(handler)
+        (servers.says("Hm.") if handler.prompt == "q|b|a" else scored(0))(handler)
 
     endpoint.default = reply
     with pytest.warns(UserWarning, match=r"'Hm\.'"):
@@ -154,7 +154,7 @@ def test_pairs_without_a_verdict_are_left_out_of_the_annotations_and_equal_ones_
 
 
 def test_a_judge_that_answers_nothing_but_prose_is_named(build, endpoint):
-    endpoint.default = test_judge.says("Both are lovely.")
+    endpoint.default = servers.says("Both are lovely.")
     with pytest.raises(ServiceError, match=r"^--judge: grader at .*'Both are lovely\.'") as caught:
         build(retries=0)([Pair("q", "a", "b"), Pair("r", "a", "b")], QUIET)
     assert str(caught.value).endswith(
@@ -163,7 +163,7 @@ def test_a_judge_that_answers_nothing_but_prose_is_named(build, endpoint):
 
 
 def test_a_judge_without_a_verdict_on_the_first_20_pairs_is_asked_no_more(build, endpoint):
-    endpoint.default = test_judge.says("Both are lovely.")
+    endpoint.default = servers.says("Both are lovely.")
     pairs = [Pair(f"q{i}", "a", "b") for i in range(50)]
     with pytest.raises(
         ServiceError, match=r"first 20 pairs .* so the other 30 are not asked about"
@@ -174,7 +174,7 @@ def test_a_judge_without_a_verdict_on_the_first_20_pairs_is_asked_no_more(build,
 
 
 def test_scores_in_one_order_only_are_no_verdicts_but_are_kept(build, endpoint):
-    endpoint.default = lambda h: (scored(1) if h.prompt[-2:] == "|b" else test_judge.says("Hm."))(h)
+    endpoint.default = lambda h: (scored(1) if h.prompt[-2:] == "|b" else servers.says("Hm."))(h)
     pairs = [Pair(f"q{i}", "a", "b") for i in range(30)]
     with pytest.raises(ServiceError, match="none of the first 20 pairs has a verdict"):
         build(retries=0)(pairs, QUIET)
@@ -186,9 +186,7 @@ def test_scores_in_one_order_only_are_no_verdicts_but_are_kept(build, endpoint):
 
 
 def test_one_verdict_among_the_first_20_is_enough_to_go_on(build, endpoint):
-    endpoint.default = lambda h: (scored(1) if h.prompt[:4] == "q19|" else test_judge.says("Hm."))(
-        h
-    )
+    endpoint.default = lambda h: (scored(1) if h.prompt[:4] == "q19|" else servers.says("Hm."))(h)
     pairs = [Pair(f"q{i}", "a", "b") for i in range(30)]
     with pytest.warns(UserWarning, match="left out"):
         found = build(retries=0)(pairs, QUIET)

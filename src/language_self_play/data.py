@@ -81,23 +81,36 @@ def load_keyed_questions(section: Table, setting: str) -> tuple[list[KeyedQuesti
     """
     questions: dict[str, KeyedQuestion] = {}
     places: dict[str, str] = {}
+    are_programs = False
+    for place, column, question in _keyed(section, setting):
+        are_programs = column in TEST_COLUMNS
+        if (name := question.id) in questions:
+            raise InputFileError(
+                f"{place}: has the id {name!r}, and so has {places[name]}; every question needs one"
+                " of its own"
+            )
+        questions[name], places[name] = question, place
+    if not questions:
+        raise InputFileError(f"{section.path}: holds no questions")
+    return list(questions.values()), are_programs
+
+
+def place_of_keyed(question: KeyedQuestion, section: Table, setting: str) -> str:
+    """Where the question stands, such as `test.jsonl:3`: read again, for a sentence."""
+    return next(place for place, _, found in _keyed(section, setting) if found == question)
+
+
+def _keyed(section: Table, setting: str) -> Iterator[tuple[str, str | None, KeyedQuestion]]:
+    """(where it stands, the column of its key, the question) of every row."""
     for number, (place, row) in enumerate(_rows(section, setting), 1):
-        if not questions and section.answer_column is None and isinstance(row, Mapping):
+        if section.answer_column is None and isinstance(row, Mapping):
             section = section.model_copy(
                 update={"answer_column": _answer_column(row, place, setting)}
             )
         question = _question(row, place, section, setting)
         assert question.key is not None, "there is an answer column, and each row must have a key"
         named = next((row[c] for c in ID_COLUMNS if row.get(c) not in (None, "")), number)
-        if (name := str(named)) in questions:
-            raise InputFileError(
-                f"{place}: has the id {name!r}, and so has {places[name]}; every question needs one"
-                " of its own"
-            )
-        questions[name], places[name] = KeyedQuestion(name, question.query, question.key), place
-    if not questions:
-        raise InputFileError(f"{section.path}: holds no questions")
-    return list(questions.values()), section.answer_column in TEST_COLUMNS
+        yield place, section.answer_column, KeyedQuestion(str(named), question.query, question.key)
 
 
 def queries_of_step(

@@ -39,10 +39,10 @@ def replace_bytes(file: Path, contents: bytes) -> None:
 
     A link stays one. What is no regular file, such as /dev/stdout, is written to where it is.
     """
-    file = Path(os.path.realpath(file))
     if file.exists() and not file.is_file():
         file.write_bytes(contents)
         return
+    file = Path(os.path.realpath(file))
     beside = file.with_name(f".{file.name}.new")
     try:
         with beside.open("wb") as stream:

@@ -52,7 +52,7 @@ def accuracy_table(before: Record, after: Record) -> Any:
 
     table = Table(
         box=SIMPLE_HEAD,
-        title="Held-out accuracy, %, with 95 % intervals",
+        title="Held-out accuracy in %, ± half of a 95 % interval",
         padding=(0, 1),
         pad_edge=False,
     )

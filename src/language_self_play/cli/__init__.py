@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # terminals without V̄ or …
     warnings.showwarning = _show_warning
+    # The hub's client tells of each of its repeats; what fails is our sentence to say.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         try:
             return _run(arguments)

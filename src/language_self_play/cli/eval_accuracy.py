@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 import re
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from language_self_play.cli import Parser
-from language_self_play.cli.evaluate import check_report, write_report
-from language_self_play.errors import ConfigError
+from language_self_play.cli.evaluate import as_typed, check_report, write_report
+from language_self_play.errors import ConfigError, InputFileError, NonFiniteError, renaming
 from language_self_play.wording import counted
 
 if TYPE_CHECKING:
@@ -38,6 +41,9 @@ examples:
 
 With --json FILE answers are kept in FILE.part as they come: after Ctrl-C the same command goes on."""
 
+FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".arrow")
+# The setting of a question set, its name and its field.
+QUESTION_SETTING = re.compile(r"\beval\.accuracy(?:\.([\w-]+))?(?:\.(\w+))?(?![\w-])")
 OWN_FLAGS = {"--json", "--device", "--seed", "--batch-size"}
 # Questions that are asked, checked and kept together.
 BATCH = 32
@@ -95,9 +101,14 @@ def _arena(model: str, device: str, json_file: Path | None) -> int:
     from language_self_play.policy import load_chat_model
     from language_self_play.pretrained import choose_device
 
-    chat, weights = load_chat_model(section, choose_device(device))
+    with as_typed("MODEL"):
+        chat, weights = load_chat_model(section, choose_device(device))
     batches = evaluation_batches(Learner().tokens_per_micro_batch)
     accuracy = arena_accuracy(weights, chat, batches, system_prompt)
+    if not math.isfinite(accuracy.sampled().mean):
+        raise NonFiniteError(
+            f"{model}: its log-probs are not finite, so it has no accuracy; its weights are damaged"
+        )
     table = Table(title=Text(f"Held-out accuracy of {model} in %, with 95 % intervals"))
     for column in ("tier", "task", "questions", "sampled", "greedy"):
         table.add_column(column, justify="left" if column in ("tier", "task") else "right")
@@ -123,10 +134,15 @@ def _arena(model: str, device: str, json_file: Path | None) -> int:
 
 def _exam(options: Any, overrides: dict[str, Any]) -> int:
     """Ask a question set."""
+    with as_typed("MODEL"), _set_as_typed(options, overrides):
+        return _ask(options, overrides)
+
+
+def _ask(options: Any, overrides: dict[str, Any]) -> int:
     from language_self_play.evaluate.subject import subject
 
-    name, settings = _question_set(options.model, options.set, overrides)
     section, system_prompt = subject(options.model)
+    name, settings = _question_set(options.model, options.set, overrides)
 
     from language_self_play.chat import load_chat
     from language_self_play.evaluate.exam import Exam
@@ -160,8 +176,8 @@ def _exam(options: Any, overrides: dict[str, Any]) -> int:
             "prompts": prompts,
         }
         part = None if options.json is None else options.json.with_name(f"{options.json.name}.part")
-        kept = KeptRecords(part, {"asked": _digest(identity)}, BATCH)
         total = len(exam.questions)
+        kept = KeptRecords(part, {"asked": _digest(identity)}, BATCH, total)
         if kept.records:
             _tell(f"{len(kept.records)} of {total} questions were answered before ({part})")
         if len(kept.records) < total:
@@ -181,14 +197,34 @@ def _exam(options: Any, overrides: dict[str, Any]) -> int:
     return 0
 
 
-def _question_set(model: str, named: str, overrides: dict[str, Any]) -> tuple[str, QuestionSet]:
-    """(the name of SET, its settings with those of flags). Raises ConfigError."""
+def _own_sets(model: str) -> dict[str, QuestionSet]:
+    """Those of the run that MODEL is or lies in."""
     from language_self_play.config import Config
-    from language_self_play.recipe_files import merge
     from language_self_play.run_folder import RunFolder
 
     run = RunFolder.holding(Path(model))
-    own = {} if run is None else Config.from_table(run.config()).eval.accuracy
+    return {} if run is None else Config.from_table(run.config()).eval.accuracy
+
+
+def _set_as_typed(options: Any, overrides: dict[str, Any]) -> AbstractContextManager[None]:
+    """What is raised within names settings of questions by their flags, and SET, unless the run has them."""
+    own = _own_sets(options.model)
+
+    def name(setting: re.Match[str]) -> str:
+        set_name, field = setting[1], setting[2]
+        if set_name in own and options.set in own and field not in overrides:
+            return setting[0]
+        return "SET" if field in (None, "path") else f"--{field}"
+
+    return renaming(lambda said: QUESTION_SETTING.sub(name, said))
+
+
+def _question_set(model: str, named: str, overrides: dict[str, Any]) -> tuple[str, QuestionSet]:
+    """(the name of SET, its settings with those of flags). Raises ConfigError or InputFileError."""
+    from language_self_play.config import Config
+    from language_self_play.recipe_files import merge
+
+    own = _own_sets(model)
     settings: dict[str, Any]
     if named in own:
         name, settings = named, own[named].model_dump(exclude_none=True)
@@ -197,6 +233,14 @@ def _question_set(model: str, named: str, overrides: dict[str, Any]) -> tuple[st
         if not equals:
             path = named
             name = re.sub(r"\W+", "-", Path(named).name.split(".")[0]).strip("-_") or "questions"
+        if Path(path).suffix in FILE_SUFFIXES and not Path(path).exists():
+            near = difflib.get_close_matches(
+                path, [*own, *map(str, Path(path).parent.glob("*"))], n=1
+            )
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputFileError(f"SET {path}: no such file{hint}")
+        if not Path(path).exists() and path:
+            _tell(f"{path}: nothing of that name here, so the hub is asked")
         settings = {"path": path}
     table = {"eval": {"accuracy": {name: {**settings, "limit": 0, **overrides}}}}
     # Validated as part of a run's settings, so that a mistake is the same sentence everywhere.

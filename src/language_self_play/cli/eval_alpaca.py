@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from language_self_play.cli import Parser
@@ -72,25 +73,36 @@ def run(arguments: list[str]) -> int:
         )
 
     from language_self_play.evaluate.outputs import (
+        HUB_DATASET,
+        HUB_FILE,
         hub_baseline,
         read_difficulties,
         read_instructions,
     )
+    from language_self_play.evaluate.subject import subject
 
     is_file = options.baseline is not None and Path(options.baseline).is_file()
     if options.instructions is not None:
         instructions = read_instructions(options.instructions, "--instructions")
     elif is_file:
         instructions = read_instructions(Path(options.baseline), "--baseline")
-    else:
-        instructions = read_instructions(hub_baseline(), "the hub's")
-    baseline = options.baseline if options.baseline is not None else str(hub_baseline())
+    baseline = options.baseline
+    if baseline is None or not (is_file or options.instructions is not None):
+        if not Path(options.model).is_file():
+            subject(options.model)  # a typing error is told before the hub is asked
+        print(f"{HUB_DATASET}: the hub is asked for {HUB_FILE}", file=sys.stderr, flush=True)
+        of_hub = hub_baseline()
+        if options.instructions is None:
+            instructions = read_instructions(of_hub, "the hub's")
+        baseline = str(of_hub) if baseline is None else baseline
     difficulties = None
     if options.instruction_difficulty is not None:
         difficulties = read_difficulties(
             options.instruction_difficulty, [i.instruction for i in instructions], DIFFICULTY_FLAG
         )
-    return compare(options.model, baseline, instructions, options, judge, "alpaca", difficulties)
+    return compare(
+        options.model, baseline, instructions, options, judge, "alpaca", "--baseline", difficulties
+    )
 
 
 def _score(options: argparse.Namespace, has_judge: bool, parser: Parser) -> int:

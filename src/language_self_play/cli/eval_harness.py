@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from language_self_play.cli import Parser
-from language_self_play.cli.evaluate import check_report, write_report
+from language_self_play.cli.evaluate import as_typed, check_report, write_report
 from language_self_play.errors import ConfigError, InputFileError
 
 DESCRIPTION = """\
@@ -52,17 +52,18 @@ def run(arguments: list[str]) -> int:
 
     from language_self_play.evaluate.harness import run_harness
 
-    results = run_harness(
-        section,
-        tasks,
-        include_path=options.include_path,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        device=options.device,
-        chat_template=options.chat,
-        system_prompt=system_prompt if options.chat else None,
-    )
+    with as_typed("MODEL"):
+        results = run_harness(
+            section,
+            tasks,
+            include_path=options.include_path,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            device=options.device,
+            chat_template=options.chat,
+            system_prompt=system_prompt if options.chat else None,
+        )
     _print(options.model, results)
     if options.json is not None:
         kept = ("results", "groups", "n-shot", "versions", "higher_is_better", "n-samples")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from language_self_play.cli import Parser
-from language_self_play.cli.evaluate import say, write_report, writing
+from language_self_play.cli.evaluate import as_typed, say, write_report, writing
 from language_self_play.errors import ConfigError
 from language_self_play.wording import counted
 
@@ -102,6 +102,7 @@ def compare(
     options: argparse.Namespace,
     judge_settings: dict[str, Any],
     measure: str,
+    baseline_flag: str,
     difficulties: Sequence[float] | None = None,
 ) -> int:
     """Answers of both sides, verdicts, files and figures. Whatever can be wrong is looked at first.
@@ -114,28 +115,33 @@ def compare(
         options.out or Path("evaluations") / f"{measure}-{_file_name(model)}-{_file_name(baseline)}"
     )
 
-    from language_self_play.evaluate.outputs import write_annotations, write_outputs
-    from language_self_play.evaluate.pair_judges import annotate, build_pair_judge, pairs_to_ask
-    from language_self_play.pretrained import choose_device
-
     own_copy = baseline == OWN_COPY
     sides = {"MODEL": _side(model, "MODEL", instructions)}
     if not own_copy:
-        sides["baseline"] = _side(baseline, "baseline", instructions)
+        sides[baseline_flag] = _side(baseline, baseline_flag, instructions)
     elif isinstance(sides["MODEL"], list):
         raise ConfigError(
             f"{OWN_COPY}: {model} is a file of answers; only a model can answer again"
         )
-    choose_device(options.device)  # what is no device, is told before anything is loaded
+
+    from language_self_play.evaluate.outputs import OWN_COPY as OWN_COPY_NAME
+    from language_self_play.evaluate.outputs import write_annotations, write_outputs
+    from language_self_play.evaluate.pair_judges import annotate, build_pair_judge, pairs_to_ask
+    from language_self_play.pretrained import choose_device
+
+    with as_typed("MODEL"):
+        choose_device(options.device)  # what is no device, is told before anything is loaded
     judge = build_pair_judge(judge_settings, options.device)
     try:
         writing("--out", out, lambda: out.mkdir(parents=True, exist_ok=True))
-        ours = _outputs(sides["MODEL"], model, instructions, options, out, seed=options.seed)
-        if own_copy:
-            name = f"{ours[0].generator} (own copy)"
-            theirs = _outputs(sides["MODEL"], name, instructions, options, out, options.seed + 1)
-        else:
-            theirs = _outputs(sides["baseline"], baseline, instructions, options, out, options.seed)
+        with as_typed("MODEL"):
+            ours = _outputs(sides["MODEL"], model, instructions, options, out, options.seed)
+        with as_typed("MODEL" if own_copy else baseline_flag):
+            if own_copy:
+                name, side, seed = ours[0].generator + OWN_COPY_NAME, "MODEL", options.seed + 1
+            else:
+                name, side, seed = baseline, baseline_flag, options.seed
+            theirs = _outputs(sides[side], name, instructions, options, out, seed)
         writing("--out", out, lambda: write_outputs(out / "model_outputs.json", ours))
         writing("--out", out, lambda: write_outputs(out / "reference_outputs.json", theirs))
         # Of one's own copy what the judge makes of equal answers is the question.
@@ -263,11 +269,8 @@ def _side(name: str, setting: str, instructions: Sequence[Output]) -> Any:
         return in_order(path, read_outputs(path, setting), instructions)
 
     from language_self_play.evaluate.subject import subject
-    from language_self_play.pretrained import resolve_model
 
-    section, system_prompt = subject(name, setting)
-    resolve_model(section.path)  # what is no model, is told before the other side answers
-    return section, system_prompt
+    return subject(name, setting)
 
 
 def _outputs(
@@ -312,10 +315,9 @@ def _progress(what: str) -> Any:
     live = sys.stderr.isatty()
 
     def tell(done: int, of: int) -> None:
-        end = "\n" if not live or done >= of else ""
-        print(
-            f"{chr(13) if live else ''}{what} {done} of {of}", end=end, file=sys.stderr, flush=True
-        )
+        # What comes next, a sentence of what went wrong too, is written over it.
+        end = "\r" if live and done < of else "\n"
+        print(f"{what} {done} of {of}", end=end, file=sys.stderr, flush=True)
 
     return tell
 

@@ -51,4 +51,6 @@ def run(arguments: list[str]) -> int:
     from language_self_play.evaluate.outputs import read_instructions
 
     instructions = read_instructions(options.prompts, "--prompts")
-    return compare(options.model, options.baseline, instructions, options, judge, "win-rate")
+    return compare(
+        options.model, options.baseline, instructions, options, judge, "win-rate", "BASELINE"
+    )

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from language_self_play.cli import Parser
 from language_self_play.durable import replace_text
-from language_self_play.errors import ConfigError, InputFileError
+from language_self_play.errors import ConfigError, InputFileError, renaming
+
+# The settings that a measure's own arguments stand for.
+SETTING = re.compile(r"(?<![\w.-])(?:policy\.path|device(?= = ))")
 
 # name -> (module, one line of help), in the order in which a newcomer meets them.
 MEASURES = {
@@ -61,6 +66,12 @@ def check_report(file: Path | None) -> None:
         raise InputFileError(f"--json {file}: there is no folder {file.parent}")
     if file is not None and file.is_dir():
         raise InputFileError(f"--json {file}: is a folder; name a file")
+
+
+def as_typed(model: str) -> AbstractContextManager[None]:
+    """What is raised within says `model` of the path of what is loaded, and --device."""
+    names = {"policy.path": model, "device": "--device"}
+    return renaming(lambda said: SETTING.sub(lambda found: names[found[0]], said))
 
 
 def say(sentence: str) -> None:

@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
 def config_for(model: str, recipe: str | None, overrides: dict[str, Any]) -> Config:
     """The settings to play MODEL with, always as a game of LSP: both roles, and the self-reward."""
     from language_self_play.config import Config
-    from language_self_play.pretrained import BUILT_IN_MODEL
+    from language_self_play.model_paths import BUILT_IN_MODEL
     from language_self_play.recipe_files import load_recipe, merge
     from language_self_play.run_folder import RunFolder
 

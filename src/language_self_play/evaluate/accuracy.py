@@ -43,8 +43,11 @@ class Accuracy:
         return [t for t in TIERS if any(r.tier == t for r in self.results)]
 
     def sampled(self, tier: str | None = None) -> Interval:
-        """The mean probability of the right answer at temperature 1."""
-        return mean_interval([r.probability for r in self._of(tier)])
+        """The mean probability of the right answer at temperature 1; NaN of a model whose numbers are so."""
+        probabilities = [r.probability for r in self._of(tier)]
+        if not all(map(math.isfinite, probabilities)):
+            return Interval(math.nan, math.nan, math.nan)
+        return mean_interval(probabilities)
 
     def greedy(self, tier: str | None = None) -> Interval:
         """The share of questions that greedy decoding answers right."""

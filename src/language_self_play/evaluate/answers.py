@@ -10,9 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from language_self_play.config import Policy, Sampling
-from language_self_play.durable import append_text
-from language_self_play.errors import InputFileError
-from language_self_play.evaluate.kept import written_when
+from language_self_play.evaluate.kept import KeptRecords, written_when
 from language_self_play.policy import load_chat_model
 from language_self_play.pretrained import choose_device, choose_dtype, resolve_model
 from language_self_play.sampling import Sampler
@@ -50,33 +48,30 @@ def answer(
     model and settings finds them. An instruction that leaves no room in the context gets an empty
     answer, and a warning. Raises ModelError, ConfigError or InputFileError.
     """
-    file = folder / f"answers-{_identity(section, system_prompt, instructions, how)}.jsonl"
-    kept = _kept(file)
-    tell(len(kept), len(instructions))
-    if len(kept) < len(instructions):
+    asked = _identity(section, system_prompt, instructions, how)
+    total = len(instructions)
+    kept = KeptRecords(folder / f"answers-{asked}.jsonl", {"asked": asked}, how.batch_size, total)
+    tell(len(kept.records), total)
+    if len(kept.records) < total:
         device = choose_device(how.device)
         chat, model = load_chat_model(section, device, choose_dtype(how.dtype, device))
         sampler: Sampler = TransformersSampler(model, chat, how.seed, how.batch_size)
         too_long: list[str] = []
-        for start in range(len(kept), len(instructions), how.batch_size):
+        for start in range(len(kept.records), total, how.batch_size):
             batch = instructions[start : start + how.batch_size]
             sampler.sync(model, start)  # draws are functions of where the batch begins
             new, without_room = _answers_of(sampler, batch, system_prompt, how)
             too_long += without_room
-            try:
-                append_text(file, "".join(json.dumps(text) + "\n" for text in new))
-            except OSError as error:
-                raise InputFileError(f"{file}: can't be written ({error.strerror})") from None
-            kept += new
-            tell(len(kept), len(instructions))
+            kept.add([{"output": text} for text in new])
+            tell(len(kept.records), total)
         if too_long:
             warnings.warn(
-                f"{len(too_long)} of the {len(instructions)} instructions leave no room for an answer"
+                f"{len(too_long)} of the {total} instructions leave no room for an answer"
                 f" in {section.path}'s context of {sampler.context_length} tokens, such as"
                 f" {too_long[0][:60]!r}; they count as answered by nothing",
                 stacklevel=2,
             )
-    return kept
+    return [str(record["output"]) for record in kept.records]
 
 
 def _answers_of(
@@ -92,17 +87,6 @@ def _answers_of(
     for i, group in zip(fitting, groups, strict=True):
         answers[i] = group.completions[0].text
     return answers, [instructions[i] for i in range(len(prompts)) if i not in set(fitting)]
-
-
-def _kept(file: Path) -> list[str]:
-    """The answers that an earlier call has left; a line that was cut off is none."""
-    try:
-        lines = file.read_text("utf-8").split("\n")[:-1]
-        return [str(json.loads(line)) for line in lines]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise InputFileError(f"{file}: holds no answers any more ({error}); remove it") from None
 
 
 def _identity(

@@ -57,8 +57,12 @@ class Contest:
         self, chat: Chat, context_length: int, system_prompt: str | None = None
     ) -> list[list[int]]:
         """The tokens of every prompt. Raises ConfigError for one that leaves no room to answer."""
-        asked = [(p.instruction[:60], p.instruction) for p in self.prompted]
-        return fitting_prompts(self.setting, asked, chat, context_length, system_prompt)
+        texts = [p.instruction for p in self.prompted]
+
+        def named(place: int) -> str:
+            return f"{self.setting}: the prompt {texts[place][:60]!r}"
+
+        return fitting_prompts(texts, named, chat, context_length, system_prompt)
 
     def draw(self, sampler: Sampler, prompts: Sequence[list[int]]) -> list[Group]:
         """One answer to each of `prompts`."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from language_self_play.chat import Chat
 from language_self_play.config import QuestionSet
-from language_self_play.data import load_keyed_questions
-from language_self_play.errors import ConfigError
+from language_self_play.data import load_keyed_questions, place_of_keyed
 from language_self_play.evaluate.outcomes import Record
+from language_self_play.players import check_query
 from language_self_play.randomness import permutation, stream_key
 from language_self_play.rewards.verifier import build_verifier
 from language_self_play.sampling import Sampler
@@ -53,8 +53,14 @@ class Exam:
         self, chat: Chat, context_length: int, system_prompt: str | None = None
     ) -> list[list[int]]:
         """The tokens of every question. Raises ConfigError for one that leaves no room to answer."""
-        asked = [(q.id, self.section.prompt.replace("{query}", q.query)) for q in self.questions]
-        return fitting_prompts(self.setting, asked, chat, context_length, system_prompt)
+        texts = [self.section.prompt.replace("{query}", q.query) for q in self.questions]
+
+        def named(place: int) -> str:
+            return (
+                f"{place_of_keyed(self.questions[place], self.section, self.setting)}: the question"
+            )
+
+        return fitting_prompts(texts, named, chat, context_length, system_prompt)
 
     def ask(
         self, sampler: Sampler, prompts: Sequence[list[int]], start: int = 0, end: int | None = None
@@ -101,22 +107,17 @@ class Exam:
 
 
 def fitting_prompts(
-    setting: str,
-    asked: Sequence[tuple[str, str]],
+    texts: Sequence[str],
+    named: Callable[[int], str],
     chat: Chat,
     context_length: int,
     system_prompt: str | None,
 ) -> list[list[int]]:
-    """The tokens of each (id, text). Raises ConfigError for one that leaves no room to answer."""
-    prompts = []
-    for identity, text in asked:
-        tokens = chat.encode(text, system_prompt)
+    """The tokens of each text. Raises ConfigError for the one at `named`'s place that leaves no room."""
+    prompts = [chat.encode(text, system_prompt) for text in texts]
+    for place, tokens in enumerate(prompts):
         if len(tokens) >= context_length:
-            raise ConfigError(
-                f"{setting}: question {identity!r} takes {len(tokens)} tokens, and the model's context"
-                f" has only {context_length}; remove it, or use a model with a longer context"
-            )
-        prompts.append(tokens)
+            check_query(named(place), tokens, context_length)
     return prompts
 
 

@@ -20,8 +20,8 @@ DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model")
 class KeptRecords:
     """The records in `file`, batch by batch; without a file they are only remembered."""
 
-    def __init__(self, file: Path | None, asked: dict[str, Any], batch: int):
-        """Read what an earlier call has left, whole batches of it.
+    def __init__(self, file: Path | None, asked: dict[str, Any], batch: int, total: int):
+        """Read what an earlier call has left of `total` records: all, or whole batches.
 
         Raises InputFileError if it was asked something else, or can't be read.
         """
@@ -33,6 +33,8 @@ class KeptRecords:
             text = file.read_text("utf-8") if file.exists() else ""
             head, *lines = text.split("\n")[:-1] or [""]
             found = [json.loads(line) for line in lines]
+            if not all(isinstance(record, dict) for record in found):
+                raise ValueError("a line is no record")
         except (OSError, ValueError) as error:
             raise InputFileError(f"{file}: can't be read ({error}); remove it") from None
         if head and f"{head}\n" != self._head:
@@ -41,7 +43,8 @@ class KeptRecords:
                 " remove it, or write to another file"
             )
         # Draws are functions of where a batch begins, so half of one is asked again.
-        self.records = found[: len(found) - len(found) % batch]
+        whole = len(found) if len(found) == total else len(found) - len(found) % batch
+        self.records = found[:whole]
         self._write(lambda: replace_text(file, self._head + "".join(map(_line, self.records))))
 
     def add(self, records: list[Record]) -> None:
