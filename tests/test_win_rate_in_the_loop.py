@@ -314,7 +314,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_weights_load(
     Path(prompts).write_text(json.dumps([{"instruction": "1+" * 4000}]))
     (tmp_path / "r.toml").write_text(Config.from_table(table).to_toml())
     assert main(["train", str(tmp_path / "r.toml"), "--run", str(tmp_path / "r")]) == 2
-    assert capsys.readouterr().err.startswith("lsp: eval.win_rate.mine: question '1+1+")
+    assert capsys.readouterr().err.startswith("lsp: eval.win_rate.mine: the prompt '1+1+")
     assert not (tmp_path / "r").exists()
 
 
