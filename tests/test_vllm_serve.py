@@ -81,11 +81,14 @@ class Server:
         self.command += [*options, *([] if "--" in options else ["--"])]
         self.command += ["--enforce-eager", "--max-num-seqs", "4"]
         self.log = log
+        self.uploads = log.with_suffix(".uploads")
+        self.uploads.mkdir()
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         environment = os.environ | {
             "VLLM_API_KEY": KEY,
+            "LSP_VLLM_UPLOADS": str(self.uploads),
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0))),
@@ -184,11 +187,6 @@ def wait_until_free(server: Server) -> None:
         time.sleep(0.05)
 
 
-def uploads() -> set[str]:
-    """What lies on its way to the server, on its side or on ours."""
-    return {str(p) for p in Path("/dev/shm").glob("lsp-*/*")}
-
-
 # ---------------------------------------------------------------- the policy's tokens
 
 
@@ -269,14 +267,14 @@ def test_an_update_whose_sender_died_does_not_stand_in_the_way_of_the_next(sampl
 def test_nothing_of_the_weights_stays_behind_when_a_run_ends(
     sampler: VllmSampler, served_llama: Server
 ):
-    assert uploads() == set()  # on either side
+    assert list(served_llama.uploads.glob("*/*")) == []
     server = sampler._engine
     assert isinstance(server, VllmServer)
     server._request("PUT", "/lsp/weights/left/x.safetensors", b"x")
-    assert len(uploads()) == 1
+    assert len(list(served_llama.uploads.glob("*/*/x.safetensors"))) == 1
     sampler.close()
     wait_until_free(served_llama)
-    assert uploads() == set()
+    assert list(served_llama.uploads.iterdir()) == []
 
 
 @slow
