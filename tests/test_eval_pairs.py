@@ -444,18 +444,20 @@ def test_a_model_that_was_trained_on_is_answered_anew_in_its_old_folder(
 
 
 def test_each_batch_has_draws_of_its_own(tmp_path, monkeypatch):
-    from language_self_play.config import Policy
+    from language_self_play.config import Policy, Rollout
     from language_self_play.evaluate import answers as answering
+    from language_self_play.evaluate import generation
 
     steps = []
 
-    class Recorded(answering.TransformersSampler):
+    class Recorded(generation.TransformersSampler):
         def sync(self, model, step):
             steps.append(step)
             super().sync(model, step)
 
-    monkeypatch.setattr(answering, "TransformersSampler", Recorded)
-    how = answering.Answering(temperature=1.0, max_tokens=4, batch_size=2, device="cpu")
+    monkeypatch.setattr(generation, "TransformersSampler", Recorded)
+    rollout = Rollout(batch_size=2)
+    how = answering.Answering(temperature=1.0, max_tokens=4, rollout=rollout, device="cpu")
     found = answering.answer(Policy(path="arena"), None, QUERIES, how, tmp_path)
     assert len(found) == 5
     assert steps == [0, 2, 4]

@@ -60,6 +60,108 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+# ---------------------------------------------------------------- a vLLM engine
+
+# 2 · 300 · 64 embeddings; in each of 3 layers 2 · 64 · 64 + 2 · 64 · 32 attention, 3 · 64 · 160
+# feed-forward, 2 · 64 norms; 64 of the last norm: 167,872 numbers.
+ENGINE_WEIGHTS = 4 * 167_872
+ON_ITS_WAY = memory.COPY_ON_ITS_WAY
+
+
+def with_engine(folder: Path, vllm: dict[str, Any], **overrides: Any) -> memory.MemoryEstimate:
+    config = config_of(folder, rollout={"engine": "vllm", "vllm": vllm}, **overrides)
+    return memory.memory_estimate(config, [Turn(2, 9, 3, 7)], Turn(6, 50, 1, 5))
+
+
+def test_an_engines_weights_cache_and_the_copy_on_its_way_are_parts_of_their_own(folder: Path):
+    estimate = with_engine(folder, {"kv_cache_gib": 0.25})
+    plain = memory.memory_estimate(config_of(folder), [Turn(2, 9, 3, 7)], Turn(6, 50, 1, 5))
+    assert plain.phases["sampling"]
+    assert estimate.phases["sampling"] == {}
+    assert estimate.phases["sync"] == {ON_ITS_WAY: ENGINE_WEIGHTS}
+    engine = {"vLLM: weights": ENGINE_WEIGHTS, "vLLM: keys and values": 256 * MIB}
+    assert estimate.always == plain.always | engine
+    assert estimate.elsewhere == {}
+    assert with_engine(folder, {"kv_cache_gib": 0.25}, dtype="bfloat16").phases["sync"] == {
+        ON_ITS_WAY: ENGINE_WEIGHTS // 2
+    }
+
+
+def test_without_a_size_the_engines_cache_is_what_its_share_of_memory_leaves(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "_total_memory", lambda device: 1000 * MIB)
+    estimate = with_engine(folder, {"memory_fraction": 0.25})
+    assert estimate.always["vLLM: keys and values"] == 250 * MIB - ENGINE_WEIGHTS
+
+
+def test_weights_that_travel_over_a_disk_take_no_memory(folder: Path, tmp_path: Path):
+    for name, there in ((str(tmp_path), False), ("/dev/shm/lsp", True)):
+        estimate = with_engine(folder, {"kv_cache_gib": 0.25, "transfer_folder": name})
+        assert (ON_ITS_WAY in estimate.phases["sync"]) is there
+
+
+def test_on_a_cpu_a_tied_output_embedding_is_held_twice(folder: Path):
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = True
+    config.save_pretrained(folder)
+    estimate = with_engine(folder, {"kv_cache_gib": 0.25})
+    # One embedding of 300 · 64 less is sent.
+    assert estimate.phases["sync"] == {ON_ITS_WAY: ENGINE_WEIGHTS - 4 * 300 * 64}
+    assert estimate.always["vLLM: weights"] == ENGINE_WEIGHTS
+
+
+def test_with_an_adapter_the_engine_holds_both_and_writes_the_judges_replies(folder: Path):
+    settings: dict[str, Any] = {"kv_cache_gib": 0.25}
+    lora = {"path": str(folder), "lora": {"rank": 4}}
+    writes = {"mode": "generate"}
+    estimate = with_engine(folder, settings, policy=lora, self_reward=writes)
+    # A and B of rank 4 in each layer: q, o 64 + 64; k, v 64 + 32; gate, up, down 64 + 160.
+    adapter = 4 * 3 * 4 * (2 * 128 + 2 * 96 + 3 * 224)
+    assert estimate.always["vLLM: weights"] == ENGINE_WEIGHTS + adapter
+    assert estimate.phases["sync"] == {ON_ITS_WAY: ENGINE_WEIGHTS}
+    assert estimate.phases["judging"] == {}
+    assert with_engine(folder, settings, self_reward=writes).phases["judging"]
+    assert with_engine(folder, settings, policy=lora, self_reward={"mode": "expected"}).phases[
+        "judging"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "always", "sampling", "elsewhere"),
+    [
+        ({"sleep": True}, {}, {"weights": 100, "cache": 900}, {"asleep": 100, "copy": 200}),
+        ({"sleep": False}, {"weights": 100, "cache": 900}, {}, {"copy": 200}),
+        ({"devices": "1"}, {}, {}, {"weights": 100, "cache": 900, "copy": 200}),
+    ],
+)
+def test_on_gpus_an_engine_counts_where_it_is(
+    settings: dict[str, Any],
+    always: dict[str, int],
+    sampling: dict[str, int],
+    elsewhere: dict[str, int],
+    folder: Path,
+):
+    names = {
+        "weights": "vLLM: weights",
+        "cache": "vLLM: keys and values",
+        "copy": ON_ITS_WAY,
+        "asleep": "vLLM: weights of the sleeping engine",
+    }
+    config = config_of(folder, rollout={"engine": "vllm", "vllm": settings})
+    found: dict[str, int] = {"policy": 1}
+    phases = {"sampling": {"keys and values": 5}, "learning": {"gradients": 7}}
+    engine = memory.EngineMemory(weights=200, held=100, cache=900)
+    there = engine.add_to(found, phases, config, torch.device("cuda"))
+    assert found == {"policy": 1} | {names[k]: v for k, v in always.items()}
+    assert phases["sampling"] == {names[k]: v for k, v in sampling.items()}
+    assert phases["learning"] == {"gradients": 7}
+    assert there == {names[k]: v for k, v in elsewhere.items()}
+
+
+# ---------------------------------------------------------------- counting
+
+
 def test_live_bytes_count_what_is_alive_and_no_views_and_no_known_tensors():
     known = torch.zeros(1000)
     with LiveBytes([known]) as count:

@@ -45,6 +45,7 @@ from language_self_play.config_types import (
     Table,
     Texts,
 )
+from language_self_play.config_types import GREEDY as GREEDY
 from language_self_play.errors import ConfigError
 from language_self_play.recipe_files import load_recipe, merge, recipe_names
 from language_self_play.settings import sentences
@@ -235,10 +236,13 @@ class Vllm(Section):
         " which the engine must have room.",
     )
     memory_fraction: Nucleus = Field(
-        0.4, description="Share of the GPU's memory that the engine may take. Our choice."
+        0.4,
+        description="Share of the memory of its device, a GPU or the host, that the engine may take."
+        " Our choice.",
     )
     kv_cache_gib: PositiveFloat | None = Field(
-        None, description="Memory for keys and values, in GiB; unset, what vLLM finds free."
+        None,
+        description="Memory for keys and values, in GiB; unset, what memory_fraction leaves for them.",
     )
     sleep: Flag = Field(
         True,
@@ -463,10 +467,18 @@ class Config(Section):
             sampled["challenger"] = self.challenger
         if self.algorithm == "lsp" and self.policy.lora is not None:
             sampled["self_reward"] = self.self_reward
-        sampled |= {f"eval.accuracy.{n}": questions for n, questions in self.eval.accuracy.items()}
-        sampled |= {f"eval.win_rate.{n}": prompts for n, prompts in self.eval.win_rate.items()}
+        low, high = VLLM_TEMPERATURES
+        asked: dict[str, Sampling] = {
+            **{f"eval.accuracy.{n}": questions for n, questions in self.eval.accuracy.items()},
+            **{f"eval.win_rate.{n}": prompts for n, prompts in self.eval.win_rate.items()},
+        }
+        for name, drawn in asked.items():
+            if drawn.temperature and not low <= drawn.temperature <= high:
+                raise ValueError(
+                    f"{name}.temperature = {drawn.temperature}: vLLM samples at {low} to {high}, or"
+                    ' greedily at 0; choose one of those, or rollout.engine = "transformers"'
+                )
         for name, section in sampled.items():
-            low, high = VLLM_TEMPERATURES
             if not low <= section.temperature <= high:
                 raise ValueError(
                     f"{name}.temperature = {section.temperature}: vLLM samples at {low} to {high} only;"

@@ -11,9 +11,9 @@ from language_self_play.config_rewards import Verifier
 from language_self_play.config_types import (
     Flag,
     Name,
+    NonNegativeFloat,
     NonNegativeInt,
     Nucleus,
-    PositiveFloat,
     PositiveInt,
     Sampling,
     Section,
@@ -62,8 +62,10 @@ class QuestionSet(Verifier, Sampling, Table):
         min_length=1,
         description="Each k of pass@k: the chance that one of k answers is right.",
     )
-    temperature: PositiveFloat = Field(
-        0.01, description="Sampling temperature; the default is the paper's at evaluation."
+    temperature: NonNegativeFloat = Field(
+        0.01,
+        description="Sampling temperature, 0 for greedy answers; the default is the paper's at"
+        " evaluation.",
     )
     top_p: Nucleus = Field(1.0, description="Nucleus of the distribution that is sampled from.")
     top_k: NonNegativeInt = Field(0, description="Tokens sampled from, 0 for all.")
@@ -109,8 +111,10 @@ class WinRateSet(Sampling):
     every: PositiveInt | None = Field(
         None, description="Steps between its evaluations; unset, as eval.every says."
     )
-    temperature: PositiveFloat = Field(
-        0.01, description="Sampling temperature; the default is the paper's at evaluation."
+    temperature: NonNegativeFloat = Field(
+        0.01,
+        description="Sampling temperature, 0 for greedy answers; the default is the paper's at"
+        " evaluation.",
     )
     top_p: Nucleus = Field(1.0, description="Nucleus of the distribution that is sampled from.")
     top_k: NonNegativeInt = Field(0, description="Tokens sampled from, 0 for all.")

@@ -43,6 +43,10 @@ class Sampling(Section):
     )
 
 
+# With one token to draw from, the temperature is of no account.
+GREEDY = Sampling(top_k=1)
+
+
 class Table(Section):
     """Where rows come from, and which of their columns are read."""
 

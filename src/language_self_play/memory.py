@@ -11,8 +11,9 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ from language_self_play.pretrained import (
     resolve_model,
     vocabulary_size,
 )
+from language_self_play.sampling.vllm import SHARED_MEMORY
 from language_self_play.shared_prompt import PIECE, attention_to_shared_prompts, layer_windows
 
 FLOAT32_BYTES = 4
@@ -62,6 +64,7 @@ HEAP_LOSS, HEAP_LOSS_OF_ADAPTERS = 0.5, 1.0
 HEAP_BLOCK = 32 * 2**20
 BLOCKS_ARE_RETURNED = "MALLOC_MMAP_THRESHOLD_"
 LOST = "lost in the C library's heap"
+COPY_ON_ITS_WAY = "vLLM: a copy of the weights on its way, in shared memory"
 
 
 class Turn(NamedTuple):
@@ -81,6 +84,7 @@ class MemoryEstimate:
     always: dict[str, int]
     phases: dict[str, dict[str, int]]
     shared_prompt: bool = True  # a prompt exists once for all its completions
+    elsewhere: dict[str, int] = field(default_factory=dict)  # an engine's, not of this device
 
     @property
     def peak(self) -> int:
@@ -114,6 +118,7 @@ def memory_estimate(
             "judging": {} if judging is None else _judging(model, config, judging, shared),
             "learning": _largest([_learning(model, config, trained, turn, path) for turn in turns]),
         }
+        engine = EngineMemory.of(config, model) if config.rollout.engine == "vllm" else None
         models, phases["reward"] = _reward_models(config, device, turns)
     gradients = FLOAT32_BYTES * num_trained
     phases["update"] = {
@@ -132,7 +137,8 @@ def memory_estimate(
         "AdamW's moments": int(MOMENT_BYTES[config.learner.optimizer] * num_trained),
         **models,
     }
-    return MemoryEstimate(str(device), always, phases, shared)
+    elsewhere = {} if engine is None else engine.add_to(always, phases, config, device)
+    return MemoryEstimate(str(device), always, phases, shared, elsewhere)
 
 
 def largest_micro_batch(turn: Turn, config: Config, shared_prompt: bool = True) -> tuple[int, int]:
@@ -142,6 +148,68 @@ def largest_micro_batch(turn: Turn, config: Config, shared_prompt: bool = True) 
     slices = turn.groups * -(-turn.K // K)
     tokens = (1 if shared_prompt else K) * turn.P + K * turn.T
     return min(slices, max(1, budget // tokens)), K
+
+
+# ---------------------------------------------------------------- a vLLM engine
+
+
+class EngineMemory(NamedTuple):
+    """What a vLLM engine takes beside what its process takes without a model."""
+
+    weights: int  # as they are sent
+    held: int  # as the engine holds them, on each of its devices
+    cache: int
+
+    @classmethod
+    def of(cls, config: Config, model: PreTrainedModel) -> EngineMemory:
+        """Of fake tensors. On CPUs an output embedding that is tied to the input's is packed, a copy."""
+        settings, on_cpu = config.rollout.vllm, model.device.type == "cpu"
+        base = {p for name, p in model.named_parameters() if ".lora_" not in name}
+        adapter = [p.numel() for name, p in model.named_parameters() if ".lora_" in name]
+        weights = sum(p.nbytes for p in base)
+        held = weights // settings.tensor_parallel + model.dtype.itemsize * sum(adapter)
+        embeddings = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        if on_cpu and embeddings[0] is embeddings[1]:
+            held += embeddings[0].nbytes
+        if settings.kv_cache_gib is not None:
+            cache = int(settings.kv_cache_gib * 2**30)
+        else:
+            cache = max(0, int(settings.memory_fraction * _total_memory(model.device)) - held)
+        return cls(weights, held, cache)
+
+    def add_to(
+        self,
+        always: dict[str, int],
+        phases: dict[str, dict[str, int]],
+        config: Config,
+        device: torch.device,
+    ) -> dict[str, int]:
+        """Lay the engine's parts over those of a run that samples itself; returns those elsewhere."""
+        settings, folder = config.rollout.vllm, config.rollout.vllm.transfer_folder
+        # The policy no longer samples; with LoRA the engine is the judge that writes, too.
+        phases["sampling"] = {}
+        if config.policy.lora is not None and config.self_reward.mode == "generate":
+            phases["judging"] = {}
+        parts = {"vLLM: weights": self.held, "vLLM: keys and values": self.cache}
+        in_memory = folder is None or Path(folder).resolve().is_relative_to(SHARED_MEMORY)
+        copy = {COPY_ON_ITS_WAY: self.weights} if in_memory else {}
+        if device.type == "cpu":
+            always |= parts
+            phases["sync"] = copy
+            return {}
+        if settings.devices is not None:
+            return {**parts, **copy}
+        if not settings.sleep:
+            always |= parts
+            return copy
+        phases["sampling"] = parts
+        return {"vLLM: weights of the sleeping engine": self.held, **copy}
+
+
+def _total_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # ---------------------------------------------------------------- the path that learning will take

@@ -9,9 +9,11 @@ import torch
 
 T = TypeVar("T")
 
-# Some allocators raise a plain RuntimeError; these are of the CPU, of CUDA's libraries, and of MPS.
+# Some allocators raise a plain RuntimeError; these are of the CPU, of vLLM there, of CUDA's libraries, and of
+# MPS.
 PHRASES = (
     "can't allocate memory",
+    "aligned_alloc failed",
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -22,7 +24,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` means that a smaller batch could have worked."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether `text`, what an error of another process says, means the same."""
+    return any(phrase in text for phrase in (*PHRASES, "MemoryError"))
 
 
 def unless_out_of_memory(compute: Callable[[], T]) -> T | None:

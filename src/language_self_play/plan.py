@@ -62,6 +62,8 @@ def _memory_table(estimate: MemoryEstimate) -> Table:
         table.add_section()
     peak = f"{estimate.peak / BYTES_PER_GIB:.3f}"
     table.add_row("peak", "always, and the largest of the others", peak, style="bold")
+    for name, size in estimate.elsewhere.items():
+        table.add_row("elsewhere", name, f"{size / BYTES_PER_GIB:.3f}")
     return table
 
 

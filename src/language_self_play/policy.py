@@ -47,6 +47,9 @@ T = TypeVar("T")
 class Policy:
     """π_θ and its reference. `adapter` is the PEFT model around π_θ, None in full fine-tuning."""
 
+    is_fixed = False  # its weights change
+    folder: Path | None = None  # so they lie in none
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -330,13 +333,18 @@ def load_chat_model(
     """The tokenizer with its chat template, checked first, then the weights. Raises ModelError."""
     chat = load_chat(section)
     model = load_model(section.path, dtype, device, section.trust_remote_code)
+    check_vocabulary(section.path, chat, model)
+    return chat, model
+
+
+def check_vocabulary(path: str, chat: Chat, model: PreTrainedModel) -> None:
+    """Raises ModelError if the tokenizer has tokens that the model has no embedding of."""
     vocabulary = vocabulary_size(model)
     if len(chat.tokenizer) > vocabulary:
         raise ModelError(
-            f"policy.path = {section.path!r}: the tokenizer has {len(chat.tokenizer)} tokens but the"
+            f"policy.path = {path!r}: the tokenizer has {len(chat.tokenizer)} tokens but the"
             f" model's vocabulary only {vocabulary}; they don't belong together"
         )
-    return chat, model
 
 
 def add_adapter(model: PreTrainedModel, path: str, settings: Lora, seed: int) -> Any:

@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from language_self_play.cli import Parser
+from language_self_play.cli.engine_flags import (
+    ENGINES,
+    add_engine_flags,
+    engine_settings,
+    in_full,
+    take_vllm,
+)
 from language_self_play.cli.evaluate import as_typed, check_report, write_report
 from language_self_play.errors import ConfigError, InputFileError, NonFiniteError, renaming
 from language_self_play.wording import counted
@@ -31,7 +38,9 @@ MODEL's own [eval.accuracy.NAME].
 Every setting of [eval.accuracy.NAME] is a flag here (`lsp config eval.accuracy`); --limit is 0, all
 questions, unless given."""
 
-EPILOG = """\
+EPILOG = f"""\
+{ENGINES}
+
 examples:
   lsp eval accuracy arena                                the built-in model
   lsp eval accuracy runs/arena --json accuracy.json      a trained one, question by question
@@ -44,7 +53,7 @@ With --json FILE answers are kept in FILE.part as they come: after Ctrl-C the sa
 FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".arrow")
 # The setting of a question set, its name and its field.
 QUESTION_SETTING = re.compile(r"\beval\.accuracy(?:\.([\w-]+))?(?:\.(\w+))?(?![\w-])")
-OWN_FLAGS = {"--json", "--device", "--seed", "--batch-size"}
+OWN_FLAGS = {"--json", "--device", "--seed", "--batch-size", "--engine"}
 # Questions that are asked, checked and kept together.
 BATCH = 32
 
@@ -63,20 +72,23 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--batch-size", type=int, default=256, metavar="B", help="answers decoded at once"
     )
+    add_engine_flags(parser)
     if not {"-h", "--help"}.isdisjoint(arguments):
         parser.parse_args(["--help"])
 
     from language_self_play.cli.overrides import split_overrides
 
-    own, overrides = split_overrides(arguments, OWN_FLAGS)
+    own, overrides = split_overrides(in_full(arguments), OWN_FLAGS)
     options = parser.parse_args(own)
+    options.vllm = take_vllm(overrides)
     for flag, value, least in (("seed", options.seed, 0), ("batch-size", options.batch_size, 1)):
         if value < least:
             raise ConfigError(f"--{flag} = {value}: must be at least {least}")
     check_report(options.json)
     if options.set == "arena":
-        asked = [n for n in ("seed", "batch-size") if f"--{n}" in {a.split("=")[0] for a in own}]
-        if unused := [*overrides, *asked]:
+        given = {argument.split("=")[0] for argument in own}
+        asked = [n for n in ("seed", "batch-size", "engine") if f"--{n}" in given]
+        if unused := [*overrides, *asked, *(f"vllm.{name}" for name in options.vllm)]:
             raise ConfigError(
                 f"--{unused[0]}: has no effect on the arena's questions, which are asked as"
                 " they are; leave it out, or name a SET"
@@ -143,12 +155,13 @@ def _ask(options: Any, overrides: dict[str, Any]) -> int:
 
     section, system_prompt = subject(options.model)
     name, settings = _question_set(options.model, options.set, overrides)
+    rollout = engine_settings(options, [options.model], settings.temperature)
 
     from language_self_play.chat import load_chat
     from language_self_play.evaluate.exam import Exam
+    from language_self_play.evaluate.generation import generation
     from language_self_play.evaluate.kept import KeptRecords, written_when
     from language_self_play.evaluate.outcomes import set_intervals, set_metrics
-    from language_self_play.policy import load_chat_model
     from language_self_play.pretrained import (
         choose_device,
         choose_dtype,
@@ -156,37 +169,41 @@ def _ask(options: Any, overrides: dict[str, Any]) -> int:
         load_model_config,
         resolve_model,
     )
-    from language_self_play.sampling.transformers import TransformersSampler
 
     device = choose_device(options.device)
     with Exam(name, settings) as exam:
         chat = load_chat(section)
         context = context_length(load_model_config(section.path, section.trust_remote_code))
+        if rollout.engine == "vllm":
+            context = min(context, rollout.vllm.context or context)
         prompts = exam.prompts(chat, context, system_prompt)
         asked = {
             "model": options.model,
             "set": name,
             "settings": settings.model_dump(mode="json", exclude_none=True),
             "seed": options.seed,
+            "engine": rollout.engine,
         }
         identity = {
             **asked,
+            "context": context,
             "files": written_when(Path(resolve_model(section.path))),
             "questions": [list(question) for question in exam.questions],
             "prompts": prompts,
         }
         part = None if options.json is None else options.json.with_name(f"{options.json.name}.part")
+        head = {"asked": _digest(identity), "engine": rollout.engine}
         total = len(exam.questions)
-        kept = KeptRecords(part, {"asked": _digest(identity)}, BATCH, total)
+        kept = KeptRecords(part, head, BATCH, total)
         if kept.records:
             _tell(f"{len(kept.records)} of {total} questions were answered before ({part})")
         if len(kept.records) < total:
-            chat, model = load_chat_model(section, device, choose_dtype("auto", device))
-            sampler = TransformersSampler(model, chat, options.seed, options.batch_size)
-            while (start := len(kept.records)) < total:
-                sampler.sync(model, start)  # draws are functions of where the batch begins
-                kept.add(exam.ask(sampler, prompts, start, start + BATCH))
-                _tell(_so_far(kept.records, total))
+            dtype = choose_dtype("auto", device)
+            with generation(section, rollout, device, dtype, options.seed) as (sampler, model):
+                while (start := len(kept.records)) < total:
+                    sampler.sync(model, start)  # draws are functions of where the batch begins
+                    kept.add(exam.ask(sampler, prompts, start, start + BATCH))
+                    _tell(_so_far(kept.records, total))
     intervals = set_intervals(name, kept.records, settings.pass_at)
     metrics = set_metrics(name, kept.records, settings.pass_at)
     _print(options.model, exam, intervals, metrics[f"eval/{name}/truncated"])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from language_self_play.cli import Parser
+from language_self_play.cli.engine_flags import ENGINES
 from language_self_play.cli.eval_pairs import (
     EXIT_CODES,
     JUDGES,
@@ -32,6 +33,8 @@ tie is no win."""
 
 EPILOG = f"""\
 {JUDGES}
+
+{ENGINES}
 
 examples:
   lsp eval alpaca --annotations annotations.json.gz --json figures.json

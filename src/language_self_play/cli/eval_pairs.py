@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from language_self_play.cli import Parser
+from language_self_play.cli.engine_flags import (
+    add_engine_flags,
+    engine_settings,
+    in_full,
+    take_vllm,
+)
 from language_self_play.cli.evaluate import as_typed, say, write_report, writing
 from language_self_play.errors import ConfigError
 from language_self_play.wording import counted
@@ -60,6 +66,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of answers at a temperature above 0")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the models that answer")
+    add_engine_flags(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -75,12 +82,14 @@ def parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, dic
     from language_self_play.cli.overrides import split_overrides
 
     own = {flag for action in parser._actions for flag in action.option_strings}
-    rest, table = split_overrides(arguments, own)
-    judge = table.pop("judge", {})
+    rest, table = split_overrides(in_full(arguments), own)
+    judge, vllm = table.pop("judge", {}), take_vllm(table)
     if table or not isinstance(judge, dict):
         name = next(iter(table), "judge")
         raise ConfigError(f"--{name}: no such flag (`{parser.prog} --help` shows how it is used)")
-    return parser.parse_args(rest), judge
+    options = parser.parse_args(rest)
+    options.vllm = vllm
+    return options, judge
 
 
 def check_flags(options: argparse.Namespace) -> None:
@@ -129,6 +138,8 @@ def compare(
     from language_self_play.evaluate.pair_judges import annotate, build_pair_judge, pairs_to_ask
     from language_self_play.pretrained import choose_device
 
+    sampled = [name for name in (model, baseline) if not Path(name).is_file()]
+    options.rollout = engine_settings(options, sampled, options.temperature)
     with as_typed("MODEL"):
         choose_device(options.device)  # what is no device, is told before anything is loaded
     judge = build_pair_judge(judge_settings, options.device)
@@ -291,7 +302,7 @@ def _outputs(
     how = Answering(
         options.temperature,
         options.max_tokens,
-        options.batch_size,
+        options.rollout,
         seed,
         options.device,
         options.dtype,

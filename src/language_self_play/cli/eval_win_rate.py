@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from language_self_play.cli import Parser
+from language_self_play.cli.engine_flags import ENGINES
 from language_self_play.cli.eval_pairs import (
     EXIT_CODES,
     JUDGES,
@@ -24,6 +25,8 @@ Answers and verdicts are kept as they come: the same command goes on where it st
 
 EPILOG = f"""\
 {JUDGES}
+
+{ENGINES}
 
 examples:
   lsp eval win-rate runs/mine base-model --prompts prompts.jsonl \\

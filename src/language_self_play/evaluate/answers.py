@@ -6,15 +6,14 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from language_self_play.config import Policy, Sampling
+from language_self_play.config import GREEDY, Policy, Rollout, Sampling
+from language_self_play.evaluate.generation import generation
 from language_self_play.evaluate.kept import KeptRecords, written_when
-from language_self_play.policy import load_chat_model
 from language_self_play.pretrained import choose_device, choose_dtype, resolve_model
 from language_self_play.sampling import Sampler
-from language_self_play.sampling.transformers import TransformersSampler
 
 
 @dataclass(frozen=True)
@@ -23,15 +22,22 @@ class Answering:
 
     temperature: float = 0.0
     max_tokens: int = 1024
-    batch_size: int = 64
+    rollout: Rollout = field(default_factory=lambda: Rollout(batch_size=64))
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
 
     @property
     def sampling(self) -> Sampling:
-        # With one token to draw from, the temperature is of no account.
-        return Sampling(temperature=self.temperature) if self.temperature else Sampling(top_k=1)
+        return Sampling(temperature=self.temperature) if self.temperature else GREEDY
+
+    @property
+    def decisive(self) -> list[object]:
+        """What of it decides on the answers: of an engine's settings the context alone."""
+        plain = [getattr(self, f.name) for f in fields(self) if f.name != "rollout"]
+        rollout = self.rollout
+        served = [rollout.vllm.context] if rollout.engine == "vllm" else []
+        return [*plain, rollout.engine, rollout.batch_size, *served]
 
 
 def answer(
@@ -44,33 +50,35 @@ def answer(
 ) -> list[str]:
     """The model's answer to each instruction. Its weights are loaded only if some are missing.
 
-    Batch by batch they are appended to answers-….jsonl in `folder`, where the next call with the same
-    model and settings finds them. An instruction that leaves no room in the context gets an empty
+    Batch by batch they are appended to answers-ENGINE-….jsonl in `folder`, where the next call with the
+    same model and settings finds them. An instruction that leaves no room in the context gets an empty
     answer, and a warning. Raises ModelError, ConfigError or InputFileError.
     """
-    asked = _identity(section, system_prompt, instructions, how)
-    total = len(instructions)
-    kept = KeptRecords(folder / f"answers-{asked}.jsonl", {"asked": asked}, how.batch_size, total)
+    asked, engine = _identity(section, system_prompt, instructions, how), how.rollout.engine
+    file, total = folder / f"answers-{engine}-{asked}.jsonl", len(instructions)
+    size = how.rollout.batch_size
+    kept = KeptRecords(file, {"asked": asked, "engine": engine}, size, total)
     tell(len(kept.records), total)
-    if len(kept.records) < total:
-        device = choose_device(how.device)
-        chat, model = load_chat_model(section, device, choose_dtype(how.dtype, device))
-        sampler: Sampler = TransformersSampler(model, chat, how.seed, how.batch_size)
-        too_long: list[str] = []
-        for start in range(len(kept.records), total, how.batch_size):
-            batch = instructions[start : start + how.batch_size]
+    if len(kept.records) == total:
+        return [str(record["output"]) for record in kept.records]
+    device = choose_device(how.device)
+    dtype = choose_dtype(how.dtype, device)
+    too_long: list[str] = []
+    with generation(section, how.rollout, device, dtype, how.seed) as (sampler, model):
+        for start in range(len(kept.records), total, size):
+            batch = instructions[start : start + size]
             sampler.sync(model, start)  # draws are functions of where the batch begins
             new, without_room = _answers_of(sampler, batch, system_prompt, how)
             too_long += without_room
             kept.add([{"output": text} for text in new])
             tell(len(kept.records), total)
-        if too_long:
-            warnings.warn(
-                f"{len(too_long)} of the {total} instructions leave no room for an answer"
-                f" in {section.path}'s context of {sampler.context_length} tokens, such as"
-                f" {too_long[0][:60]!r}; they count as answered by nothing",
-                stacklevel=2,
-            )
+    if too_long:
+        warnings.warn(
+            f"{len(too_long)} of the {total} instructions leave no room for an answer"
+            f" in {section.path}'s context of {sampler.context_length} tokens, such as"
+            f" {too_long[0][:60]!r}; they count as answered by nothing",
+            stacklevel=2,
+        )
     return [str(record["output"]) for record in kept.records]
 
 
@@ -95,5 +103,5 @@ def _identity(
     """A hash of all that decides on the answers; of a model in a folder also when it was written."""
     files = written_when(Path(resolve_model(section.path)))
     model = section.model_dump(exclude={"lora"})
-    asked = [model, files, system_prompt, list(instructions), asdict(how)]
+    asked = [model, files, system_prompt, list(instructions), how.decisive]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from language_self_play.chat import Chat
-from language_self_play.config import WinRateSet
+from language_self_play.config import GREEDY, WinRateSet
 from language_self_play.config_evaluation import ALPACA_EVAL, STEP_0
 from language_self_play.errors import LspError, RunFolderError
 from language_self_play.evaluate.exam import chosen, fitting_prompts
@@ -67,7 +67,8 @@ class Contest:
     def draw(self, sampler: Sampler, prompts: Sequence[list[int]]) -> list[Group]:
         """One answer to each of `prompts`."""
         section = self.section
-        return sampler.sample(list(prompts), 1, "evaluation", section, section.max_tokens)
+        sampling = section if section.temperature else GREEDY
+        return sampler.sample(list(prompts), 1, "evaluation", sampling, section.max_tokens)
 
     def compare(self, groups: Sequence[Group], step: int, run: RunFolder) -> Evaluation:
         """The answers of `groups`, version `step`'s, against the baseline's.

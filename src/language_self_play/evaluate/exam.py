@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from language_self_play.chat import Chat
-from language_self_play.config import QuestionSet
+from language_self_play.config import GREEDY, QuestionSet
 from language_self_play.data import load_keyed_questions, place_of_keyed
 from language_self_play.evaluate.outcomes import Record
 from language_self_play.players import check_query
@@ -74,8 +74,9 @@ class Exam:
     def draw(self, sampler: Sampler, prompts: Sequence[list[int]]) -> list[Group]:
         """The answers to `prompts`, a group each."""
         section = self.section
+        sampling = section if section.temperature else GREEDY
         return sampler.sample(
-            list(prompts), section.num_answers, "evaluation", section, section.max_tokens
+            list(prompts), section.num_answers, "evaluation", sampling, section.max_tokens
         )
 
     def mark(self, groups: list[Group], start: int = 0, end: int | None = None) -> list[Record]:

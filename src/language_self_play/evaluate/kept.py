@@ -35,9 +35,16 @@ class KeptRecords:
             found = [json.loads(line) for line in lines]
             if not all(isinstance(record, dict) for record in found):
                 raise ValueError("a line is no record")
+            engine = _engine(head) if head else None
         except (OSError, ValueError) as error:
             raise InputFileError(f"{file}: can't be read ({error}); remove it") from None
         if head and f"{head}\n" != self._head:
+            ours = asked.get("engine")
+            if engine is not None and engine != ours:
+                raise InputFileError(
+                    f"{file}: holds answers that came from {engine}, and those of {ours} are not mixed"
+                    f" with them; go on by --engine {engine}, remove it, or write to another file"
+                )
             raise InputFileError(
                 f"{file}: holds answers to other questions, of another model or with other settings;"
                 " remove it, or write to another file"
@@ -63,6 +70,13 @@ class KeptRecords:
             write()
         except OSError as error:
             raise InputFileError(f"{self.file}: can't be written ({error.strerror})") from None
+
+
+def _engine(head: str) -> str | None:
+    """What generated the answers of a file that begins so."""
+    asked = json.loads(head)
+    engine = asked.get("engine") if isinstance(asked, dict) else None
+    return engine if isinstance(engine, str) else None
 
 
 def _line(record: Record) -> str:

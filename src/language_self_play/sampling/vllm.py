@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,15 @@ from transformers import PreTrainedModel
 
 from language_self_play.config import Config, Sampling, Vllm
 from language_self_play.distributed import ALONE, Place, Ranks
-from language_self_play.errors import ConfigError, InputFileError, ServiceError
+from language_self_play.errors import (
+    ConfigError,
+    InputFileError,
+    LspError,
+    MemoryLimitError,
+    ServiceError,
+)
+from language_self_play.fixed_model import FixedModel
+from language_self_play.out_of_memory import says_out_of_memory
 from language_self_play.policy import Policy
 from language_self_play.pretrained import UNBOUNDED_CONTEXT, context_length, vocabulary_size
 from language_self_play.randomness import stream_key
@@ -45,6 +53,7 @@ SHARED_MEMORY = Path("/dev/shm")
 # vLLM adds a completion's number to its request's seed; torch's generators take 63 bits.
 SEED_BITS = 62
 SAID_LAST = 2000  # characters of what a dead engine wrote
+HALVINGS = 2  # of a batch in one step: each takes the start of an engine
 
 # Asked of an engine; the reply is never empty.
 Work = Callable[[Any], dict[str, Any]]
@@ -58,7 +67,7 @@ class VllmSampler:
     Of several ranks each asks for its share, an engine of its own or all of them one server; all get all.
     """
 
-    def __init__(self, policy: Policy, config: Config, ranks: Ranks = ALONE):
+    def __init__(self, policy: Policy | FixedModel, config: Config, ranks: Ranks = ALONE):
         self.ranks = ranks
         self.policy = policy
         self.chat = policy.chat
@@ -73,28 +82,21 @@ class VllmSampler:
         self._run = ""  # the name of this start of the run, to a server
         self._engine: EngineProcess | VllmServer | None = None
         self._has_begun = False
-        self._restarted = False  # in this step
+        self._restarted, self._halvings = False, 0  # in this step
 
     def sync(self, model: PreTrainedModel, step: int) -> None:
         """Send the policy's weights, version `step`; the first time, start the engine with them.
 
-        Raises ConfigError if it can't be started, ServiceError if it died twice in this step.
+        Raises ConfigError if it can't be started, ServiceError if it died twice in this step, and
+        MemoryLimitError if half its batch, and half of that, are too much.
         """
         assert model is self.policy.whole, "the engine follows one policy"
-        self.step, self._restarted = step, False
-        if self._has_begun:
-            self._with_restart(
-                lambda engine: self._start() if engine is None else self._send_weights(engine)
-            )
-            return
-        if self.settings.server is not None:
+        self.step, self._restarted, self._halvings = step, False, 0
+        if self.settings.server is not None and not self._run:
             self._run = self.ranks.once(lambda: secrets.token_hex(4))
-        _, died = self._try(lambda engine: self._start())
-        if died is not None:
-            where = "rollout.vllm: the engine did not start"
-            if self.settings.server is not None:
-                where = f"rollout.vllm.server = {self.settings.server!r}"
-            raise _agreed(ConfigError(f"{where}: {died}; see docs/vllm.md"))
+        self._with_restart(
+            lambda engine: self._start() if engine is None else self._send_weights(engine)
+        )
         self._has_begun = True
 
     def sample(
@@ -102,7 +104,8 @@ class VllmSampler:
     ) -> list[Group]:
         """One group of `n` completions of at most `max_tokens` tokens for each prompt, in order.
 
-        Completions are shorter where the context ends. Raises ServiceError if the engine died twice.
+        Completions are shorter where the context ends. With a top_k of 1 they are greedy. Raises
+        ServiceError if the engine died twice, MemoryLimitError as `sync`.
         """
         return self._sample(prompts, n, role, settings, max_tokens, base=False)
 
@@ -147,12 +150,17 @@ class VllmSampler:
             "limits": [min(max_tokens, self.context_length - len(p)) for p in own],
             # Of the first completion that is asked for here; vLLM adds the number of each behind it.
             "seeds": [(stream_key(key, g) >> (64 - SEED_BITS)) + completions.start for g in groups],
-            "temperature": settings.temperature,
+            # Of equally likely tokens vLLM's top_k draws one; its temperature 0 takes the first.
+            "temperature": 0.0 if settings.top_k == 1 else settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
             "stops": self.stops,
             "base": base,
         }
         nothing = {"version": -1, "groups": []}
-        reply = self._with_restart(lambda engine: engine.ask(request) if own and n_own else nothing)
+        reply = self._with_restart(
+            lambda engine: engine.ask(request) if own and n_own else nothing, n_own * len(own)
+        )
         self.version = self.ranks.most(reply["version"])
         drawn = [completion for group in reply["groups"] for completion in group]
         texts = self.chat.decode([self._without_stop(tokens) for tokens, _ in drawn])
@@ -178,32 +186,55 @@ class VllmSampler:
 
     # ---------------------------------------------------------------- the engine's life
 
-    def _with_restart(self, work: Work) -> dict[str, Any]:
-        """`work` by every rank, once more where an engine died; at most one new engine a rank and step."""
-        assert self._has_begun, "sync comes first"
+    def _with_restart(self, work: Work, rows: int | None = None) -> dict[str, Any]:
+        """`work` by every rank, again where an engine died; `rows` are the completions it asks for."""
         reply, died = self._try(work)
-        if died is None:
-            return reply
-        name = f"the vLLM {'engine' if self.settings.server is None else 'server'}"
+        while died is not None:
+            self._mend(died, self.ranks.most(rows or self.batch_size))
+            _, died = self._try(lambda engine: self._start() if engine is None else {})
+            if died is None:
+                reply, died = self._try(_unless(reply, work))
+        return reply
+
+    def _mend(self, died: str, rows: int) -> None:
+        """See to it that a new engine may fare better, and remember why; raise where it can't.
+
+        One that died is started again once a step. One that ran out of memory gets half the batch, at
+        most HALVINGS times a step.
+        """
+        ours = self.settings.server is None
+        name = f"the vLLM {'engine' if ours else 'server'}"
+        if ours and says_out_of_memory(died):
+            self._halve_batches(rows, died)
+            self._tell(
+                f"{name} ran out of memory and was started again with {self.batch_size} sequences: {died}"
+            )
+            return
+        if not self._has_begun:
+            where = "rollout.vllm: the engine did not start"
+            if not ours:
+                where = f"rollout.vllm.server = {self.settings.server!r}"
+            memory = "memory_fraction and kv_cache_gib set its memory; " if "emory" in died else ""
+            raise _agreed(ConfigError(f"{where}: {died}; {memory}see docs/vllm.md"))
         if self._restarted:
             raise _agreed(ServiceError(f"{name} died twice in step {self.step}: {died}"))
         self._restarted = True
-        again = "was started again" if self.settings.server is None else "was asked again"
-        self._tell(f"{name} died and {again}: {died}")
-        # A server that has died has lost the weights for all ranks, also for those that had their reply.
-        if self.settings.server is not None:
+        self._tell(f"{name} died and was {'started' if ours else 'asked'} again: {died}")
+        if not ours:  # it has lost the weights for all ranks, also for those that had their reply
             self.close()
-        _, died_again = self._try(lambda engine: self._start() if engine is None else {})
-        if died_again is None:
-            kept = reply
-            reply, died_again = self._try(lambda engine: kept or work(engine))
-        if died_again is not None:
+
+    def _halve_batches(self, rows: int, died: str) -> None:
+        if (now := min(self.batch_size, rows)) == 1 or self._halvings == HALVINGS:
             raise _agreed(
-                ServiceError(
-                    f"{name} died in step {self.step} ({died}), and once more: {died_again}"
+                MemoryLimitError(
+                    f"step {self.step}: the vLLM engine has no memory left for {now} sequences at once"
+                    f" ({died}); lower rollout.batch_size or rollout.vllm.context, or leave it more"
+                    " memory beside keys and values, by a lower rollout.vllm.kv_cache_gib or"
+                    " memory_fraction"
                 )
             )
-        return reply
+        self._halvings += 1
+        self.batch_size = now // 2
 
     def _try(self, work: Work) -> tuple[dict[str, Any], str | None]:
         """(What `work` returned, or nothing; what the first rank's engine that died said)."""
@@ -232,19 +263,24 @@ class VllmSampler:
             "max_num_seqs": self.batch_size,
             "tensor_parallel_size": settings.tensor_parallel,
             "enforce_eager": device.type == "cpu" if settings.eager is None else settings.eager,
+            "gpu_memory_utilization": settings.memory_fraction,  # on CPUs too, despite its name
+            "load_format": "safetensors",  # nothing is unpickled
+            "trust_remote_code": self.config.policy.trust_remote_code,
         }
         if self.context_length < UNBOUNDED_CONTEXT:
             engine["max_model_len"] = self.context_length
         if settings.kv_cache_gib is not None:
             engine["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
         if device.type == "cuda":
-            engine["gpu_memory_utilization"] = settings.memory_fraction
             engine["enable_sleep_mode"] = settings.sleep
+        else:
+            # After a part of a prompt vLLM rewinds the completion's generator, which a CPU's can't: 0.32
+            # dies of it.
+            engine["enable_chunked_prefill"] = False
         lora = self.config.policy.lora
         self._engine = EngineProcess(self.config, device.type == "cpu", self.ranks.place)
         try:
-            with _Transfer(self.config) as folder:
-                self.policy.save_weights(folder, with_adapter=False)
+            with self._whole_weights() as folder:
                 self._engine.ask(
                     {
                         "do": "start",
@@ -267,8 +303,7 @@ class VllmSampler:
         try:
             server.wait()
             if self.ranks.is_first:
-                with _Transfer(self.config) as folder:
-                    self.policy.save_weights(folder, with_adapter=False)
+                with self._whole_weights() as folder:
                     server.ask({"do": "start", "folder": str(folder), "version": self.step})
             if self.policy.adapter is not None or not self.ranks.is_first:
                 self._send_weights(server)
@@ -277,7 +312,19 @@ class VllmSampler:
             raise
         return {"version": self.step}
 
+    @contextmanager
+    def _whole_weights(self) -> Iterator[Path]:
+        """A folder with all weights but an adapter's."""
+        if self.policy.folder is not None:
+            yield self.policy.folder
+            return
+        with _Transfer(self.config) as folder:
+            self.policy.save_weights(folder, with_adapter=False)
+            yield folder
+
     def _send_weights(self, engine: EngineProcess | VllmServer) -> dict[str, Any]:
+        if isinstance(self.policy, FixedModel):
+            return {"version": self.step}  # they are there
         if isinstance(engine, VllmServer) and not self.ranks.is_first:
             engine.at(self.step)
             return {"version": self.step}
@@ -402,7 +449,12 @@ def devices_of_rank(settings: Vllm, environment: Mapping[str, str], place: Place
     return ",".join(devices[place.local_rank * each : (place.local_rank + 1) * each])
 
 
-def _agreed(error: ConfigError | ServiceError) -> ConfigError | ServiceError:
+def _unless(reply: dict[str, Any], work: Work) -> Work:
+    """`work`, of which a rank that has had its reply keeps it."""
+    return lambda engine: reply or work(engine)
+
+
+def _agreed(error: LspError) -> LspError:
     """An error that all ranks raise."""
     error.agreed = True
     return error

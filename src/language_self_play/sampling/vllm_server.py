@@ -226,6 +226,8 @@ class VllmServer:
         parameters = {
             "n": count,
             "temperature": request["temperature"],
+            "top_p": request["top_p"],
+            "top_k": request["top_k"],
             "max_tokens": request["limits"][group],
             # vLLM adds a completion's number within its request.
             "seed": request["seeds"][group] + place.completions.start,

@@ -7,7 +7,8 @@ in_server/lsp_vllm.py, which is alike.
     {"do": "load", "folder": F, "version": s}               ->  {"version": s}   all weights, in place
     {"do": "adapter", "folder": F, "version": s}            ->  {"version": s}   a LoRA adapter
     {"do": "sample", "prompts": [ids], "limits", "seeds",
-     "n", "temperature", "stops", "base": false}            ->  {"version": s, "groups": [[[ids, logprobs]]]}
+     "n", "temperature", "top_p", "top_k", "stops",
+     "base": false}                                         ->  {"version": s, "groups": [[[ids, logprobs]]]}
     {"do": "sleep"}                                         ->  {"version": s}   until the next load
     anything that raises                                    ->  {"error": text}
 """
@@ -82,6 +83,8 @@ class Engine:
             SamplingParams(
                 n=request["n"],
                 temperature=request["temperature"],
+                top_p=request["top_p"],
+                top_k=request["top_k"],
                 max_tokens=limit,
                 seed=seed,
                 stop_token_ids=request["stops"],

@@ -1,0 +1,54 @@
+"""What generates for an evaluation: transformers in this process, or a vLLM engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from language_self_play.config import ArenaReward, Config, Policy, Rollout
+from language_self_play.fixed_model import FixedModel
+from language_self_play.policy import load_chat_model
+from language_self_play.pretrained import context_length
+from language_self_play.sampling import Sampler
+from language_self_play.sampling.transformers import TransformersSampler
+from language_self_play.sampling.vllm import VllmSampler
+from language_self_play.sampling.vllm_server import check_server
+
+
+@contextmanager
+def generation(
+    section: Policy, rollout: Rollout, device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterator[tuple[Sampler, PreTrainedModel]]:
+    """A sampler of the model, and what its `sync` takes; ended afterwards.
+
+    With vLLM the weights are not loaded here. Raises ModelError, or ConfigError for a server that can't
+    serve this model.
+    """
+    sampler: Sampler
+    if rollout.engine == "vllm":
+        fixed = FixedModel(section, device, dtype)
+        model, run = fixed.model, _as_run(section, rollout, seed)
+        if rollout.vllm.server is not None:
+            found = model.config
+            check_server(
+                run, str(dtype).removeprefix("torch."), found.to_dict(), context_length(found)
+            )
+        sampler = VllmSampler(fixed, run)
+    else:
+        chat, model = load_chat_model(section, device, dtype)
+        sampler = TransformersSampler(model, chat, seed, rollout.batch_size)
+    try:
+        yield sampler, model
+    finally:
+        sampler.close()
+
+
+def _as_run(section: Policy, rollout: Rollout, seed: int) -> Config:
+    """The settings of an engine, which are part of a run's."""
+    policy = section.model_copy(update={"lora": None})
+    return Config(
+        policy=policy, reward={"arena": ArenaReward(kind="arena")}, rollout=rollout, seed=seed
+    )

@@ -1,0 +1,51 @@
+"""A model that is sampled and never trained, by an engine that reads its weights from a folder itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+
+from language_self_play.chat import load_chat
+from language_self_play.config import Policy as PolicySection
+from language_self_play.errors import ModelError
+from language_self_play.policy import check_vocabulary, load_chat_model
+from language_self_play.pretrained import adapter_base, hollow_model, read, resolve_model
+
+ENGINE_READS = ["*.safetensors", "*.json", "*.py"]
+
+
+class FixedModel:
+    """What an engine takes in place of a `Policy`. `model` has shapes only; no weights are loaded here.
+
+    `folder` holds the weights as they are. It is None for an adapter, whose weights `save_weights`
+    merges with its base's.
+    """
+
+    is_fixed = True
+    adapter = None
+
+    def __init__(self, section: PolicySection, device: torch.device, dtype: torch.dtype):
+        """Raises ModelError for what could not be loaded either, as far as it shows without weights."""
+        self.section, self.device = section, device
+        self.chat = load_chat(section)
+        self.model = self.whole = hollow_model(section.path, dtype, section.trust_remote_code)
+        check_vocabulary(section.path, self.chat, self.model)
+        self.folder = None if adapter_base(section.path) is not None else _weights_of(section.path)
+
+    def save_weights(self, folder: Path, with_adapter: bool = True) -> None:
+        """Write the model with its adapter merged, which it always is here."""
+        _, merged = load_chat_model(self.section, torch.device("cpu"), self.model.dtype)
+        merged.save_pretrained(folder)
+
+
+def _weights_of(path: str) -> Path:
+    """The folder of the model's safetensors; those of a hub id are fetched, if they are not here yet."""
+    found = resolve_model(path)
+    folder = Path(found)
+    if not folder.is_dir():
+        folder = Path(read(path, lambda: snapshot_download(found, allow_patterns=ENGINE_READS)))
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"policy.path = {path!r}: can't be loaded: it has no file *.safetensors")
+    return folder
