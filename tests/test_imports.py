@@ -164,7 +164,7 @@ BESIDE = {
     "config_rewards": {"config_types"},
     "evaluate.kept": {"evaluate", "evaluate.outcomes"},
     "evaluate.scores": {
-        *["evaluate", "evaluate.outcomes", "evaluate.outputs", "model_card"],
+        *["evaluate", "evaluate.outcomes", "evaluate.outputs", "evaluate.win_rate", "model_card"],
     },
     "evaluate.table": {
         *["evaluate", "evaluate.intervals", "evaluate.outputs", "evaluate.scores"],
