@@ -390,9 +390,9 @@ def test_a_model_answers_once_and_later_commands_find_its_answers(
     assert [row["instruction"] for row in written] == QUERIES
     assert {row["generator"] for row in written} == {"arena"}
     assert "arena: answered 5 of 5" in capsys.readouterr().err
-    from language_self_play.evaluate import answers as answering
+    from language_self_play.evaluate import generation
 
-    monkeypatch.setattr(answering, "load_chat_model", None)  # weights must not be loaded again
+    monkeypatch.setattr(generation, "load_chat_model", None)  # weights must not be loaded again
     assert main([*command, "--batch-size", "2"]) == 0
     assert report()["n_total"] == 5
 

@@ -101,6 +101,12 @@ def test_weights_that_travel_over_a_disk_take_no_memory(folder: Path, tmp_path: 
         assert (ON_ITS_WAY in estimate.phases["sync"]) is there
 
 
+def test_a_servers_memory_is_not_the_runs(folder: Path):
+    estimate = with_engine(folder, {"server": "http://localhost:1"})
+    assert [part for part in estimate.always if part.startswith("vLLM")] == []
+    assert estimate.phases["sync"] == {ON_ITS_WAY: ENGINE_WEIGHTS}
+
+
 def test_on_a_cpu_a_tied_output_embedding_is_held_twice(folder: Path):
     config = AutoConfig.from_pretrained(folder)
     config.tie_word_embeddings = True
@@ -133,6 +139,7 @@ def test_with_an_adapter_the_engine_holds_both_and_writes_the_judges_replies(fol
         ({"sleep": True}, {}, {"weights": 100, "cache": 900}, {"asleep": 100, "copy": 200}),
         ({"sleep": False}, {"weights": 100, "cache": 900}, {}, {"copy": 200}),
         ({"devices": "1"}, {}, {}, {"weights": 100, "cache": 900, "copy": 200}),
+        ({"server": "http://localhost:1"}, {}, {}, {"copy": 200}),
     ],
 )
 def test_on_gpus_an_engine_counts_where_it_is(

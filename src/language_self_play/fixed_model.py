@@ -23,7 +23,6 @@ class FixedModel:
     merges with its base's.
     """
 
-    is_fixed = True
     adapter = None
 
     def __init__(self, section: PolicySection, device: torch.device, dtype: torch.dtype):

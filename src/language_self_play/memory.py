@@ -193,10 +193,14 @@ class EngineMemory(NamedTuple):
         parts = {"vLLM: weights": self.held, "vLLM: keys and values": self.cache}
         in_memory = folder is None or Path(folder).resolve().is_relative_to(SHARED_MEMORY)
         copy = {COPY_ON_ITS_WAY: self.weights} if in_memory else {}
+        if settings.server is not None:
+            parts = {}  # it is not part of the run, wherever it is
         if device.type == "cpu":
             always |= parts
             phases["sync"] = copy
             return {}
+        if settings.server is not None:
+            return copy
         if settings.devices is not None:
             return {**parts, **copy}
         if not settings.sleep:

@@ -47,8 +47,7 @@ T = TypeVar("T")
 class Policy:
     """π_θ and its reference. `adapter` is the PEFT model around π_θ, None in full fine-tuning."""
 
-    is_fixed = False  # its weights change
-    folder: Path | None = None  # so they lie in none
+    folder: Path | None = None  # its weights change, so they lie in none
 
     def __init__(
         self,
