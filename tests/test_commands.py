@@ -30,9 +30,14 @@ def test_eval_accuracy_prints_tiers_and_writes_every_question(tmp_path, capsys):
     assert report["eval/sampled_accuracy"] == pytest.approx(mean)
 
 
+def games_of(said: str) -> list[str]:
+    """The lines of games, which are numbered, without the legend before them."""
+    return [line for line in said.splitlines() if line[:4].strip().isdecimal()]
+
+
 def test_play_shows_as_many_games_as_asked_for(capsys):
     assert main(["play", "arena", "--games", "5"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = games_of(capsys.readouterr().out)
     assert len(lines) == 5
     assert all("→" in line or "invalid" in line for line in lines)
 
@@ -42,7 +47,7 @@ def test_a_run_without_its_final_model_is_played_from_its_checkpoint(run, capsys
 
     remove_folder(run.model_folder)
     assert main(["play", str(run.folder), "--games", "2"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(games_of(capsys.readouterr().out)) == 2
     [checkpoint] = run.checkpoints_folder.glob("step-*")
     assert main(["play", str(checkpoint / "model"), "--games", "2"]) == 0
     assert main(["eval", "accuracy", str(run.folder)]) == 0

@@ -64,7 +64,7 @@ def test_answers_are_compared_with_step_0s_and_equal_ones_tie(prompts: str, run:
         "baseline": "xx",
         "tokens": 1,
         "finish_reason": "length",
-        "judge": "python",
+        "judge": "judging_lengths:reward",
         "preference": 1.0,
     }
     assert [q["preference"] for q in later.questions] == [1.0, 2.0, 1.5]

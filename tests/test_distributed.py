@@ -81,8 +81,9 @@ BFLOAT16 = {"dtype": "bfloat16", "steps": 1}
 # Of the second rank's draws, and of its passes without and with gradient, those where memory runs out. A
 # first role's gradient is where another rank may be at the second role's already.
 OUT_OF_MEMORY = {"draw": [1], "False": [2], "True": [1]}
-# Of its second pass with gradient memory runs out in the middle, at the last of 4 layers.
-IN_A_LAYER = {"layer": [8]}
+# Memory runs out in the middle of a pass, at the last of 4 layers:
+# of the third, the Challenger's, when the Solver's two have left gradients.
+IN_A_LAYER = {"layer": [12]}
 
 # What so many ranks play, one after the other in the same processes.
 PLAYED: dict[int, list[tuple[dict, ...]]] = {

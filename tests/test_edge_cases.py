@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from language_self_play import Config, self_play
 from language_self_play.advantages import centre, challenger_advantages
+from language_self_play.distributed import Place, Ranks
 from language_self_play.errors import ConfigError
+from language_self_play.game import check_engine, check_without_weights
 from language_self_play.model_paths import BUILT_IN_MODEL, resolve_model
 from language_self_play.rewards.arena import ArenaVerifier
 from language_self_play.run_folder import RunFolder
@@ -243,3 +245,34 @@ def test_micro_batches_smaller_than_one_completion_hold_one(play):
     single = play(small("arena-zero", **table))
     [one, *_], [other, *_] = (list(map(reproducible, r.metrics())) for r in (whole, single))
     assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+# ---------------------------------------------------------------- with vLLM
+
+
+def test_the_engines_own_context_is_looked_at_before_weights_load(make_config, monkeypatch):
+    monkeypatch.setattr("language_self_play.game.check_vllm", lambda config: None)
+
+    def vllm(context: int) -> Config:
+        return make_config(rollout={"engine": "vllm", "vllm": {"context": context}})
+
+    check_without_weights(vllm(128))  # the arena's own
+    # The arena's challenger prompt has 3 tokens.
+    with pytest.raises(
+        ConfigError,
+        match=r"^challenger\.prompt: takes 3 tokens, and rollout\.vllm\.context is only 3; use a shorter prompt",
+    ):
+        check_without_weights(vllm(3))
+
+
+def test_of_several_ranks_an_engine_is_given_up_before_the_others_are(make_config, monkeypatch):
+    monkeypatch.setattr("language_self_play.game.check_vllm", lambda config: None)
+    two = Ranks(Place(0, 2, 0, 2))
+    settings = {"rollout": {"engine": "vllm", "vllm": {"timeout_s": 1800}}}
+    with pytest.raises(
+        ConfigError, match=r"^rollout\.vllm\.timeout_s = 1800: the other ranks wait"
+    ):
+        check_engine(make_config(**settings), torch.device("cpu"), two)
+    check_engine(make_config(**settings), torch.device("cpu"))
+    settings["rollout"]["vllm"]["timeout_s"] = 900
+    check_engine(make_config(**settings), torch.device("cpu"), two)

@@ -257,7 +257,7 @@ class Vllm(Section):
         description="Where weights lie on their way to the engine; unset, /dev/shm if it exists.",
     )
     timeout_s: PositiveFloat = Field(
-        1800.0, description="Seconds after which an engine that does not reply counts as dead."
+        900.0, description="Seconds after which an engine that does not reply counts as dead."
     )
     max_logprob_difference: PositiveFloat = Field(
         0.1,

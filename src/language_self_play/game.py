@@ -16,7 +16,7 @@ from language_self_play.chat import Chat, load_chat
 from language_self_play.config import Config, as_list
 from language_self_play.data import Question, load_queries, place_of, queries_of_step
 from language_self_play.distributed import ALONE, Ranks, device_of_rank, threads_of_rank
-from language_self_play.errors import ConfigError, NonFiniteError
+from language_self_play.errors import ConfigError, NonFiniteError, renaming
 from language_self_play.evaluate.accuracy import evaluation_batches
 from language_self_play.evaluate.measures import Measures
 from language_self_play.evaluate.outcomes import Evaluation
@@ -343,13 +343,35 @@ def check_without_weights(
     device = device_of_rank(choose_device(config.device), ranks.place)
     resolve_model(config.policy.path)  # before any hub is asked about a reward's model
     if config.rollout.engine == "vllm":
-        check_engine(config, device)
+        check_engine(config, device, ranks)
     reward = build_reward(config)
     held_out = arena.is_held_out_query if plays_in_arena(config) else lambda query: False
     questions = load_queries(config.data, held_out) if config.algorithm == "grpo" else []
     chat = load_chat(config.policy)
     remote_code = config.policy.trust_remote_code
     context = context_length(load_model_config(config.policy.path, remote_code))
+    own = config.rollout.vllm.context if config.rollout.engine == "vllm" else None
+    if own is None or own >= context:
+        return device, reward, questions, check_texts(questions, config, chat, context, device)
+    with renaming(_as_of_engine):
+        return device, reward, questions, check_texts(questions, config, chat, own, device)
+
+
+def _as_of_engine(said: str) -> str:
+    """A sentence about the model's context, where rollout.vllm.context is what is too small."""
+    named = said.replace("the model's context has only", "rollout.vllm.context is only")
+    for advice in ("use a model with a longer context", "a model with a longer context"):
+        named = named.replace(advice, "raise it")
+    return named
+
+
+def check_texts(
+    questions: list[Question], config: Config, chat: Chat, context: int, device: torch.device
+) -> Measures:
+    """What is asked fits the template and the context; the evaluations of `config.eval`.
+
+    Raises ConfigError, InputFileError or RewardError.
+    """
     try:
         chat.encode("a query", config.solver.system_prompt)
     except Exception as error:
@@ -365,11 +387,18 @@ def check_without_weights(
         JudgeQuestions(config.self_reward, chat, context)
     measures = Measures(config, str(device))
     measures.check_prompts(chat, context)
-    return device, reward, questions, measures
+    return measures
 
 
-def check_engine(config: Config, device: torch.device) -> None:
+def check_engine(config: Config, device: torch.device, ranks: Ranks = ALONE) -> None:
     """Raises ConfigError unless there is a vLLM that can play this run, here or at its server."""
+    waits, others_wait = config.rollout.vllm.timeout_s, config.distributed.timeout_s
+    if ranks.size > 1 and waits >= others_wait:
+        raise ConfigError(
+            f"rollout.vllm.timeout_s = {waits:g}: the other ranks wait for distributed.timeout_s ="
+            f" {others_wait:g} s only, so an engine that hangs would end the run before it is started"
+            " again; lower the first or raise the second"
+        )
     if config.rollout.vllm.server is None:
         check_vllm(config)
         return

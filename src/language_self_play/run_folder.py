@@ -85,7 +85,7 @@ class RunFolder:
     def has_finished(self, steps: int) -> bool:
         """Whether `steps` steps are played and their model is there."""
         last: Record = {}
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # a torn line is no end
             lines = self.events_file.read_text("utf-8").splitlines()
             last = next((json.loads(line) for line in reversed(lines) if line.endswith("}")), {})
         ended = last.get("event") == "finished" and last.get("step") == steps

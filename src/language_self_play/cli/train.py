@@ -64,10 +64,13 @@ def run(arguments: list[str]) -> int:
     from language_self_play.lock import RunLock
     from language_self_play.run_folder import RunFolder, free_run_folder
 
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     if options.resume:
         folder = RunFolder(options.resume)
         config = folder.resumed_config(overrides)
         if folder.has_finished(config.steps) and not options.dry_run:
+            if not is_first:
+                return 0
             print(f"All {config.steps} steps are played; --steps N plays on, to a higher N.\n")
             return summarize(folder)
     else:
@@ -80,7 +83,6 @@ def run(arguments: list[str]) -> int:
         print_plan(config)
         return 0
 
-    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     if options.resume and is_first:
         RunLock(folder.folder, options.take_over).refuse_if_held()  # before seconds of loading
     if is_first:

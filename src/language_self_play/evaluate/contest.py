@@ -161,7 +161,7 @@ class Contest:
         return (
             f"{said}requests to {judge.name} each time, {times * most.requests:,} in all, with"
             f" about {times * most.tokens_read:,.0f} tokens to read and {times * most.tokens_written:,} to"
-            f" write, {price}."
+            f" write, {price}; a reply without a score is asked for again, which is not counted."
         )
 
 
