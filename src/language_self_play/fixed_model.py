@@ -11,7 +11,13 @@ from language_self_play.chat import load_chat
 from language_self_play.config import Policy as PolicySection
 from language_self_play.errors import ModelError
 from language_self_play.policy import check_vocabulary, load_chat_model
-from language_self_play.pretrained import adapter_base, hollow_model, read, resolve_model
+from language_self_play.pretrained import (
+    adapter_base,
+    hollow_model,
+    read,
+    resolve_model,
+    shards_in,
+)
 
 ENGINE_READS = ["*.safetensors", "*.json", "*.py"]
 
@@ -19,8 +25,8 @@ ENGINE_READS = ["*.safetensors", "*.json", "*.py"]
 class FixedModel:
     """What an engine takes in place of a `Policy`. `model` has shapes only; no weights are loaded here.
 
-    `folder` holds the weights as they are. It is None for an adapter, whose weights `save_weights`
-    merges with its base's.
+    `folder` holds the weights as they are. It is None where an engine could not read them so: of an
+    adapter, which `save_weights` merges with its base, and of a checkpoint's shards, which it puts together.
     """
 
     adapter = None
@@ -31,10 +37,11 @@ class FixedModel:
         self.chat = load_chat(section)
         self.model = self.whole = hollow_model(section.path, dtype, section.trust_remote_code)
         check_vocabulary(section.path, self.chat, self.model)
-        self.folder = None if adapter_base(section.path) is not None else _weights_of(section.path)
+        in_parts = adapter_base(section.path) is not None or shards_in(resolve_model(section.path))
+        self.folder = None if in_parts else _weights_of(section.path)
 
     def save_weights(self, folder: Path, with_adapter: bool = True) -> None:
-        """Write the model with its adapter merged, which it always is here."""
+        """Write the whole model, an adapter merged, which it always is here."""
         _, merged = load_chat_model(self.section, torch.device("cpu"), self.model.dtype)
         merged.save_pretrained(folder)
 
