@@ -388,11 +388,11 @@ MISTAKES = {
         VALID + '[rollout]\nengine = "vllm"\n[eval.accuracy.s]\npath = "q"\ntemperature = 0.001\n',
         "eval.accuracy.s.temperature = 0.001: ",
     ),
-    "a win rate's nucleus with vllm": (
+    "a win rate too cold for vllm": (
         VALID
-        + '[rollout]\nengine = "vllm"\n[eval.win_rate.s]\npath = "q"\ntop_p = 0.5\n'
+        + '[rollout]\nengine = "vllm"\n[eval.win_rate.s]\npath = "q"\ntemperature = 0.001\n'
         + "[eval.win_rate.s.judge]\nmodel = 'm'\n",
-        "eval.win_rate.s.top_p = 0.5, eval.win_rate.s.top_k = 0: ",
+        "eval.win_rate.s.temperature = 0.001: vLLM samples at 0.01 to 2.0, or greedily at 0;",
     ),
     "a judge too cold for vllm": (
         VALID.replace("[reward", "[policy.lora]\n[reward")

@@ -494,6 +494,7 @@ def test_at_most_twice_in_a_step_is_a_batch_halved(
     def short_of_memory(self: EngineProcess, request: dict[str, Any]) -> dict[str, Any]:
         raise EngineDied(words)
 
+    served.trouble.clear()
     served.sync(served.policy.model, 5)
     assert served.batch_size == 64
     with monkeypatch.context() as patch:

@@ -190,7 +190,7 @@ class VllmSampler:
         """`work` by every rank, again where an engine died; `rows` are the completions it asks for."""
         reply, died = self._try(work)
         while died is not None:
-            self._mend(died, self.ranks.most(rows or self.batch_size))
+            self._mend(died, self.ranks.most(self.batch_size if rows is None else rows))
             _, died = self._try(lambda engine: self._start() if engine is None else {})
             if died is None:
                 reply, died = self._try(_unless(reply, work))
