@@ -111,7 +111,7 @@ def test_a_runs_engine_is_the_one_of_its_recipe_and_flags_lie_over_it(
     capsys.readouterr()
     assert main([*command, "--vllm.python", "nowhere"]) == 2
     assert capsys.readouterr().err.startswith(
-        "lsp: rollout.vllm.python = 'nowhere': can't be run (No such file or directory); "
+        "lsp: --vllm.python = 'nowhere': can't be run (No such file or directory); "
     )
 
 
@@ -186,23 +186,23 @@ BAD = {
     "vLLM's settings alone": (["--vllm.python", "x"], "--vllm.python: is a setting of vLLM; add"),
     "no vLLM here": (
         ["--engine", "vllm"],
-        f"rollout.vllm.python = {sys.executable!r}: it has no vllm",
+        f"--vllm.python = {sys.executable!r}: it has no vllm",
     ),
     "no such Python": (
         ["--engine", "vllm", "--vllm.python", "nowhere"],
-        "rollout.vllm.python = 'nowhere': can't be run (No such file or directory)",
+        "--vllm.python = 'nowhere': can't be run (No such file or directory)",
     ),
     "an empty file": (
         ["--engine", "vllm", "--vllm.python", "./empty"],
-        "rollout.vllm.python = './empty': can't be run (Permission denied)",
+        "--vllm.python = './empty': can't be run (Permission denied)",
     ),
     "a typing error": (
         ["--engine", "vllm", "--vllm.pyton", "x"],
-        "rollout.vllm.pyton: no such setting; did you mean rollout.vllm.python?",
+        "--vllm.pyton: no such setting; did you mean --vllm.python?",
     ),
     "no number": (
         ["--engine", "vllm", "--vllm.kv_cache_gib", "x"],
-        "rollout.vllm.kv_cache_gib = 'x': must be",
+        "--vllm.kv_cache_gib = 'x': must be",
     ),
     "a setting of training": (
         ["--engine", "vllm", "--vllm.sleep", "false"],
@@ -257,5 +257,5 @@ def test_pickled_weights_are_not_given_to_the_engine(
     flags = ["--engine", "vllm", "--vllm.python", vllm_python]
     assert main(["eval", "accuracy", "m", questions, *flags]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "lsp: policy.path = 'm': can't be loaded: it has no file *.safetensors"
+        "lsp: MODEL = 'm': can't be loaded: it has no file *.safetensors"
     )

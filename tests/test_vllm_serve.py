@@ -46,6 +46,7 @@ from language_self_play.sampling.vllm_server import (
     about,
     check_server,
     key_in,
+    weight_files,
 )
 from test_distributed import PLAYS, start
 from test_vllm import (
@@ -532,7 +533,7 @@ def test_a_server_that_dies_is_waited_for_and_one_that_stays_away_pauses_the_run
             pytest.warns(UserWarning, match="the vLLM server died and was asked again"),
             pytest.raises(
                 Paused,
-                match=r"the vLLM server died in step 1 .*server_wait_s.*; 1 of 3 steps played",
+                match=r"the vLLM server died twice in step 1: .*server_wait_s.*; 1 of 3 steps played",
             ),
         ):
             self_play(config, hit.folder)
@@ -776,6 +777,34 @@ def test_a_dry_run_shows_the_plain_command_without_the_key(
     ):
         assert part in said
     assert "--gpu-memory" not in " ".join(server_command("p", "m", "::", 8000).arguments)
+
+
+@pytest.mark.parametrize(
+    "option", ["--host=0.0.0.0", "--api-key", "--api_key=k", "--middleware", "--uds"]
+)
+def test_what_guards_a_server_can_not_be_given_to_vllm_itself(
+    option: str, pretended_python: str, capsys: pytest.CaptureFixture[str]
+):
+    command = ["vllm-serve", "arena", "--python", pretended_python, "--dry-run", "--", option]
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith(f"lsp: -- {option}: ")
+
+
+def test_of_a_model_that_lies_twice_in_its_folder_the_indexed_files_are_sent(tmp_path: Path):
+    for name in ("model-1.safetensors", "model-2.safetensors", "consolidated.safetensors"):
+        (tmp_path / name).touch()
+    index = {
+        "weight_map": {
+            "a": "model-1.safetensors",
+            "b": "model-2.safetensors",
+            "c": "model-1.safetensors",
+        }
+    }
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert [f.name for f in weight_files(tmp_path)] == [
+        "model-1.safetensors",
+        "model-2.safetensors",
+    ]
 
 
 def test_the_key_goes_through_the_environment_alone():

@@ -306,7 +306,7 @@ def test_the_dry_run_tells_what_judging_takes(
     # 24 · 100 are written: 323 · 0.01 + 2,400 · 0.001 = 5.63.
     assert (
         "eval.win_rate.mine: 6 answers against step-0, judged 2 times. At most 12 requests to grader"
-        " each time, 24 in all, with about 323 tokens to read and 2,400 to write, 5.63 USD."
+        " each time, 24 in all, with about 323 tokens to read and 2,400 to write, 5.63 USD;"
     ) in capsys.readouterr().out
     assert endpoint.requests == []
 

@@ -51,6 +51,10 @@ from language_self_play.recipe_files import load_recipe, merge, recipe_names
 from language_self_play.settings import sentences
 
 IMPORTANCE_CAP = 2.0
+# Of [rollout.vllm], what a server that runs already has been given at its own start.
+OF_OWN_ENGINE = (
+    *("python", "devices", "tensor_parallel", "kv_cache_gib", "eager", "memory_fraction", "sleep"),
+)
 # Below, vLLM 0.32 samples at the lowest without saying so; above, it refuses.
 VLLM_TEMPERATURES = (0.01, 2.0)
 
@@ -450,14 +454,7 @@ class Config(Section):
         vllm = self.rollout.vllm
         if vllm.server is not None:
             _check_address(vllm.server)
-            ours = {
-                "python": vllm.python is not None,
-                "devices": vllm.devices is not None,
-                "tensor_parallel": vllm.tensor_parallel > 1,
-                "kv_cache_gib": vllm.kv_cache_gib is not None,
-                "eager": vllm.eager is not None,
-            }
-            if given := [name for name, is_given in ours.items() if is_given]:
+            if given := [n for n in OF_OWN_ENGINE if getattr(vllm, n) != getattr(Vllm(), n)]:
                 raise ValueError(
                     f"rollout.vllm.{given[0]}: is for an engine that the run starts, and rollout.vllm.server"
                     f" = {vllm.server!r} runs already; give it to `lsp vllm-serve`, and leave it out here"
@@ -569,3 +566,19 @@ def _check_address(address: str) -> None:
 
 def as_list(value: Texts) -> list[str]:
     return [value] if isinstance(value, str) else value
+
+
+def with_other_engine(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`table`, whose run had another engine, without what does not go with the one that `overrides` name.
+
+    Settings of an engine of its own, where a server is named; the server, where one of those is.
+    """
+    given = overrides.get("rollout", {})
+    given = given.get("vllm", {}) if isinstance(given, Mapping) else {}
+    rollout = dict(table.get("rollout", {}))
+    if not isinstance(given, Mapping) or "vllm" not in rollout:
+        return dict(table)
+    server = given.get("server") is not None
+    gone = OF_OWN_ENGINE if server else ("server",) if set(given) & set(OF_OWN_ENGINE) else ()
+    rollout["vllm"] = {k: v for k, v in rollout["vllm"].items() if k not in gone}
+    return {**table, "rollout": rollout}

@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from language_self_play.config import Config
+from language_self_play.config import Config, with_other_engine
 from language_self_play.durable import PASSING, append_text, replace_text
 from language_self_play.errors import ConfigError, NonFiniteError, Paused, RunFolderError
 from language_self_play.recipe_files import load_toml
@@ -153,7 +153,8 @@ class RunFolder:
 
     def resumed_config(self, overrides: Mapping[str, Any]) -> Config:
         """The run's configuration with `overrides`. Raises ConfigError as refuse_changes does."""
-        config = Config.from_table(self.config(), overrides, self.config_file)
+        table = with_other_engine(self.config(), overrides)
+        config = Config.from_table(table, overrides, self.config_file)
         self.refuse_changes(config)
         return config
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,16 +58,18 @@ def engine_settings(options: argparse.Namespace, models: list[str], temperature:
 
     With vLLM it is looked for. Raises ConfigError.
     """
-    from language_self_play.config import VLLM_TEMPERATURES, Config
+    from language_self_play.config import VLLM_TEMPERATURES, Config, with_other_engine
     from language_self_play.recipe_files import merge
     from language_self_play.run_folder import RunFolder
 
     runs = [run for model in models if (run := RunFolder.holding(Path(model))) is not None]
-    own = Config.from_table(runs[0].config()).rollout.vllm if runs else None
+    stored = runs[0].config() if runs else {}
+    stored = with_other_engine(stored, {"rollout": {"vllm": options.vllm}})
+    own = stored.get("rollout", {}).get("vllm", {})
     rollout = {
         "engine": options.engine,
         "batch_size": options.batch_size,
-        "vllm": merge(own.model_dump(exclude_none=True) if own else {}, options.vllm),
+        "vllm": merge(own, options.vllm),
     }
     # Validated as part of a run's settings, so that a mistake is the same sentence everywhere.
     rest = {"policy": {"path": "arena"}, "reward": {"arena": {"kind": "arena"}}}
@@ -78,6 +81,8 @@ def engine_settings(options: argparse.Namespace, models: list[str], temperature:
                 " it out"
             )
         return config.rollout
+    if not models:
+        raise ConfigError("--engine vllm: both sides are files of answers; leave it out")
     low, high = VLLM_TEMPERATURES
     if temperature and not low <= temperature <= high:
         raise ConfigError(
@@ -86,7 +91,7 @@ def engine_settings(options: argparse.Namespace, models: list[str], temperature:
         )
 
     if config.rollout.vllm.server is None:
-        from language_self_play.sampling.vllm import check_vllm
+        from language_self_play.sampling.vllm_python import check_python
 
-        check_vllm(config)
+        check_python(config.rollout.vllm.python or sys.executable, "rollout.vllm.python")
     return config.rollout

@@ -18,7 +18,7 @@ from language_self_play.cli.engine_flags import (
     in_full,
     take_vllm,
 )
-from language_self_play.cli.evaluate import as_typed, check_report, write_report
+from language_self_play.cli.evaluate import LAST_SEED, as_typed, check_report, write_report
 from language_self_play.errors import ConfigError, InputFileError, NonFiniteError, renaming
 from language_self_play.wording import counted
 
@@ -84,6 +84,8 @@ def run(arguments: list[str]) -> int:
     for flag, value, least in (("seed", options.seed, 0), ("batch-size", options.batch_size, 1)):
         if value < least:
             raise ConfigError(f"--{flag} = {value}: must be at least {least}")
+    if options.seed >= LAST_SEED:
+        raise ConfigError(f"--seed = {options.seed}: must be below {LAST_SEED}")
     check_report(options.json)
     if options.set == "arena":
         given = {argument.split("=")[0] for argument in own}

@@ -18,7 +18,7 @@ from language_self_play.cli.engine_flags import (
     in_full,
     take_vllm,
 )
-from language_self_play.cli.evaluate import as_typed, say, write_report, writing
+from language_self_play.cli.evaluate import LAST_SEED, as_typed, say, write_report, writing
 from language_self_play.errors import ConfigError
 from language_self_play.wording import counted
 
@@ -100,8 +100,8 @@ def check_flags(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} {getattr(options, name)}: must be at least 1")
-    if not 0 <= options.seed < 2**31:
-        raise ConfigError(f"--seed {options.seed}: must be from 0 to 2147483647")
+    if not 0 <= options.seed < LAST_SEED:
+        raise ConfigError(f"--seed {options.seed}: must be from 0 to {LAST_SEED - 1}")
 
 
 def compare(
@@ -139,8 +139,8 @@ def compare(
     from language_self_play.pretrained import choose_device
 
     sampled = [name for name in (model, baseline) if not Path(name).is_file()]
-    options.rollout = engine_settings(options, sampled, options.temperature)
     with as_typed("MODEL"):
+        options.rollout = engine_settings(options, sampled, options.temperature)
         choose_device(options.device)  # what is no device, is told before anything is loaded
     judge = build_pair_judge(judge_settings, options.device)
     try:

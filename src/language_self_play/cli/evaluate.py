@@ -19,7 +19,12 @@ from language_self_play.durable import replace_text
 from language_self_play.errors import ConfigError, InputFileError, renaming
 
 # The settings that a measure's own arguments stand for.
-SETTING = re.compile(r"(?<![\w.-])(?:policy\.path|device(?= = ))")
+SETTING = re.compile(
+    r"(?<![\w.-])(?:policy\.path|device(?= = )|rollout\.vllm\.(?=\w)|rollout\.batch_size)"
+)
+
+# Seeds are below it; an own copy takes the one behind that of its model.
+LAST_SEED = 2**31 - 1
 
 # name -> (module, one line of help), in the order in which a newcomer meets them.
 MEASURES = {
@@ -70,7 +75,12 @@ def check_report(file: Path | None) -> None:
 
 def as_typed(model: str) -> AbstractContextManager[None]:
     """What is raised within says `model` of the path of what is loaded, and --device."""
-    names = {"policy.path": model, "device": "--device"}
+    names = {
+        "policy.path": model,
+        "device": "--device",
+        "rollout.vllm.": "--vllm.",
+        "rollout.batch_size": "--batch-size",
+    }
     return renaming(lambda said: SETTING.sub(lambda found: names[found[0]], said))
 
 

@@ -34,6 +34,16 @@ otherwise, and then it wants a key."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # The share of a host's memory for a server without a GPU, as rollout.vllm.memory_fraction has it.
 ON_CPU = 0.4
+# What keeps strangers from a server, or lets a run use it, is not for vLLM's own options to change.
+OURS_ALONE = "is set here, and a run needs it as it is; leave it out"
+GIVEN = {
+    "--host": "give --host before the --, which then asks for a key",
+    "--port": "give --port before the --",
+    "--dtype": "give --dtype before the --",
+    "--api-key": "put the key into VLLM_API_KEY in the environment, from where all routes have it",
+    **dict.fromkeys(("--model", "--uds", "--middleware", "--worker-extension-cls"), OURS_ALONE),
+    **dict.fromkeys(("--weight-transfer-config", "--logprobs-mode"), OURS_ALONE),
+}
 HERE = ("127.0.0.1", "::1", "localhost")
 # Set for our Python, or for one thread a process; vLLM numbers its threads itself.
 OURS = ("PYTHONPATH", "PYTHONHOME", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -71,6 +81,10 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="show the command; start nothing")
     own, of_vllm = _split(arguments)
+    for option in of_vllm:
+        name = option.split("=")[0].replace("_", "-")
+        if name in GIVEN:
+            raise ConfigError(f"-- {option}: {GIVEN[name]}")
     options = parser.parse_args(own)
     for name in ("python", "host", "model"):
         if getattr(options, name) == "":

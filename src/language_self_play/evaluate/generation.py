@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from language_self_play.config import ArenaReward, Config, Policy, Rollout
 from language_self_play.fixed_model import FixedModel
 from language_self_play.policy import load_chat_model
-from language_self_play.pretrained import context_length
+from language_self_play.pretrained import context_length, load_model_config
 from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
 from language_self_play.sampling.vllm import VllmSampler
@@ -29,13 +29,13 @@ def generation(
     """
     sampler: Sampler
     if rollout.engine == "vllm":
-        fixed = FixedModel(section, device, dtype)
-        model, run = fixed.model, _as_run(section, rollout, seed)
+        run = _as_run(section, rollout, seed)
         if rollout.vllm.server is not None:
-            found = model.config
-            check_server(
-                run, str(dtype).removeprefix("torch."), found.to_dict(), context_length(found)
-            )
+            found = load_model_config(section.path, section.trust_remote_code)
+            # Whatever it computes in: no log-probs have to agree.
+            check_server(run, None, found.to_dict(), context_length(found))
+        fixed = FixedModel(section, device, dtype)
+        model = fixed.model
         sampler = VllmSampler(fixed, run)
     else:
         chat, model = load_chat_model(section, device, dtype)

@@ -83,6 +83,7 @@ class VllmSampler:
         self._engine: EngineProcess | VllmServer | None = None
         self._has_begun = False
         self._restarted, self._halvings = False, 0  # in this step
+        self._has_newest = False  # the engine, as it was started in this step
 
     def sync(self, model: PreTrainedModel, step: int) -> None:
         """Send the policy's weights, version `step`; the first time, start the engine with them.
@@ -91,12 +92,10 @@ class VllmSampler:
         MemoryLimitError if half its batch, and half of that, are too much.
         """
         assert model is self.policy.whole, "the engine follows one policy"
-        self.step, self._restarted, self._halvings = step, False, 0
+        self.step, self._restarted, self._halvings, self._has_newest = step, False, 0, False
         if self.settings.server is not None and not self._run:
             self._run = self.ranks.once(lambda: secrets.token_hex(4))
-        self._with_restart(
-            lambda engine: self._start() if engine is None else self._send_weights(engine)
-        )
+        self._with_restart(self._give_weights)
         self._has_begun = True
 
     def sample(
@@ -162,6 +161,8 @@ class VllmSampler:
             lambda engine: engine.ask(request) if own and n_own else nothing, n_own * len(own)
         )
         self.version = self.ranks.most(reply["version"])
+        oldest = self.ranks.least(reply["version"] if own and n_own else self.version)
+        assert oldest == self.version, f"ranks drew from versions {oldest} and {self.version}"
         drawn = [completion for group in reply["groups"] for completion in group]
         texts = self.chat.decode([self._without_stop(tokens) for tokens, _ in drawn])
         played = [
@@ -295,6 +296,7 @@ class VllmSampler:
         except BaseException:
             self.close()
             raise
+        self._has_newest = True
         return {"version": self.step}
 
     def _start_with_server(self) -> dict[str, Any]:
@@ -310,7 +312,13 @@ class VllmSampler:
         except BaseException:
             self.close()
             raise
+        self._has_newest = True
         return {"version": self.step}
+
+    def _give_weights(self, engine: EngineProcess | VllmServer | None) -> dict[str, Any]:
+        if engine is None:
+            return self._start()
+        return {"version": self.step} if self._has_newest else self._send_weights(engine)
 
     @contextmanager
     def _whole_weights(self) -> Iterator[Path]:

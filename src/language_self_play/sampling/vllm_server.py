@@ -29,6 +29,7 @@ SENT_AT_ONCE = 1 << 20  # bytes of weights
 # What vLLM's server writes where a log-prob is no number.
 NO_LOGPROB = -9999.0
 SAID_LAST = 2000  # characters of what it said
+ADAPTER = "adapter_config.json"
 
 
 class EngineDied(Exception):
@@ -156,8 +157,9 @@ class VllmServer:
         name = self._adapter_name(version)
         # Its folder stays as long as the adapter: vLLM may read it again.
         folder = self._upload(Path(request["folder"]), name)
-        if before == name:
-            self._post("/v1/unload_lora_adapter", {"lora_name": before})
+        if before in (name, None):  # after a failed request the server may have it, and we not know
+            with suppress(EngineDied):
+                self._post("/v1/unload_lora_adapter", {"lora_name": name})
         self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
         self._post("/update_weight_version", {"new_version": self._name(version)})
         self.version, self.adapter = version, name
@@ -177,12 +179,11 @@ class VllmServer:
     def _upload(self, folder: Path, name: str) -> str:
         """Where on its host the server has put the folder's weights."""
         there = ""
-        for file in sorted(folder.iterdir()):
-            if file.suffix == ".safetensors" or file.name == "adapter_config.json":
-                with file.open("rb") as opened:
-                    size = {"Content-Length": str(file.stat().st_size)}
-                    reply = self._request("PUT", f"/lsp/weights/{name}/{file.name}", opened, size)
-                there = reply["folder"]
+        for file in weight_files(folder):
+            with file.open("rb") as opened:
+                size = {"Content-Length": str(file.stat().st_size)}
+                reply = self._request("PUT", f"/lsp/weights/{name}/{file.name}", opened, size)
+            there = reply["folder"]
         return there
 
     def _name(self, version: int) -> str:
@@ -328,7 +329,7 @@ def about(address: str, key: str) -> dict[str, Any]:
     return table
 
 
-def check_server(config: Config, dtype: str, model: dict[str, Any], context: int) -> None:
+def check_server(config: Config, dtype: str | None, model: dict[str, Any], context: int) -> None:
     """Raises ConfigError unless the server of rollout.vllm.server can play this run.
 
     `model` is the policy's configuration as transformers has it, `context` its longest text.
@@ -354,7 +355,7 @@ def check_server(config: Config, dtype: str, model: dict[str, Any], context: int
                 f"{name}: serves {found['model']!r}, whose {field} is {value}; policy.path ="
                 f" {config.policy.path!r} has {text[field]}: start it with this run's model"
             )
-    if found["dtype"] != dtype:
+    if dtype is not None and found["dtype"] != dtype:
         raise ConfigError(
             f"{name}: computes in {found['dtype']}, and this run in {dtype}; start it with --dtype"
             f" {dtype}, or set dtype"
@@ -396,6 +397,17 @@ def key_in(variable: str) -> str:
             f"{variable} in the environment: holds no key; one has letters, digits and signs of ASCII"
         )
     return key
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights, or of an adapter: some hub models lie twice in their folder."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        named = json.loads(index.read_text("utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(named))]
+    if whole.is_file():
+        return [whole]
+    return [f for f in sorted(folder.iterdir()) if f.suffix == ".safetensors" or f.name == ADAPTER]
 
 
 def _connection(address: str, timeout_s: float) -> http.client.HTTPConnection:

@@ -88,6 +88,8 @@ class Gate:
             headers.get("authorization", "").encode(), f"Bearer {self.key}".encode()
         ):
             await _reply(send, 401, error="the key is missing or wrong")
+        elif not self.key and "origin" in headers:
+            await _reply(send, 403, error="without a key this server answers no pages of a browser")
         elif path == "/lsp/about":
             await _reply(send, 200, **about(scope["app"].state, self.held_by))
         elif self.held_by is not None and run != self.held_by["run"] and self._changes(scope):
@@ -135,11 +137,16 @@ class Gate:
                 self._remove_uploads()
 
     async def _take(self, parts: list[str], receive: Any, send: Any) -> None:
-        if self.folder is None:
-            parent = os.environ.get("LSP_VLLM_UPLOADS")
-            if parent is None and SHARED_MEMORY.is_dir():
-                parent = str(SHARED_MEMORY)
-            self.folder = Path(tempfile.mkdtemp(prefix="lsp-vllm-", dir=parent))
+        parent = os.environ.get("LSP_VLLM_UPLOADS")
+        if parent is None and SHARED_MEMORY.is_dir():
+            parent = str(SHARED_MEMORY)
+        try:
+            if self.folder is None:
+                self.folder = Path(tempfile.mkdtemp(prefix="lsp-vllm-", dir=parent))
+        except OSError as error:
+            said = f"LSP_VLLM_UPLOADS = {parent}: can't be written ({error.strerror})"
+            await _reply(send, 507, error=said)
+            return
         upload, name = parts
         folder = self.folder / upload
         try:
