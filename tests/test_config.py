@@ -388,6 +388,11 @@ MISTAKES = {
         VALID + '[rollout]\nengine = "vllm"\n[eval.accuracy.s]\npath = "q"\ntemperature = 0.001\n',
         "eval.accuracy.s.temperature = 0.001: ",
     ),
+    "an adapter too wide for vllm": (
+        VALID.replace("[reward", "[policy.lora]\nrank = 513\n[reward")
+        + '[rollout]\nengine = "vllm"\n',
+        "policy.lora.rank = 513: vLLM takes at most 512;",
+    ),
     "a win rate too cold for vllm": (
         VALID
         + '[rollout]\nengine = "vllm"\n[eval.win_rate.s]\npath = "q"\ntemperature = 0.001\n'

@@ -40,6 +40,7 @@ from language_self_play.recipe_files import load_recipe, merge
 from language_self_play.run_folder import RunFolder
 from language_self_play.sampling import vllm_server
 from language_self_play.sampling.vllm import OF_RANKS, VllmSampler, cores_of_rank, devices_of_rank
+from language_self_play.sampling.vllm_python import IN_SERVER
 from language_self_play.sampling.vllm_server import (
     EngineDied,
     VllmServer,
@@ -308,6 +309,20 @@ def test_with_lora_the_adapter_follows_and_the_servers_base_stays_the_reference(
             with policy.as_reference() as reference:
                 assert_is_the_policy(sampler, reference, sampler.sample_reference)
             played.append(logprobs_of(sampler.sample([[1, 20]], 1, "solver", GREEDY, 1)).item())
+        # A request that fails at a server that lives: it has the adapter already.
+        asking, failures = VllmServer._completions, iter([EngineDied("connection reset")])
+
+        def fail_once(self: VllmServer, *arguments: Any) -> Any:
+            if (failure := next(failures, None)) is not None:
+                raise failure
+            return asking(self, *arguments)
+
+        monkeypatch.setattr(VllmServer, "_completions", fail_once)
+        with pytest.warns(
+            UserWarning, match="the vLLM server died and was asked again: connection"
+        ):
+            again = logprobs_of(sampler.sample([[1, 20]], 1, "solver", GREEDY, 1)).item()
+        assert again == pytest.approx(played[-1], abs=LOGPROB_TOLERANCE)
     finally:
         sampler.close()
         wait_until_free(served_arena)
@@ -347,6 +362,30 @@ def test_names_of_uploads_stay_in_their_folder(sampler: VllmSampler):
     for path in ("../x", "a/..", "a/../../x", ".hidden/x", "a/b/c"):
         with pytest.raises(EngineDied, match="it answers 400"):
             server._request("PUT", f"/lsp/weights/{path}", b"x")
+
+
+PAGE = """
+import asyncio, lsp_vllm
+passed, replies = [], []
+async def app(scope, receive, send): passed.append(scope["path"])
+async def send(message): replies.append(message.get("status"))
+for headers in ([], [(b"origin", b"http://evil.example")]):
+    scope = {"type": "http", "path": "/pause", "method": "POST", "headers": headers}
+    asyncio.run(lsp_vllm.Gate(app)(scope, None, send))
+print(passed, replies[0])
+"""
+
+
+@slow
+def test_without_a_key_pages_of_a_browser_are_refused(vllm_python: str):
+    found = subprocess.run(
+        [vllm_python, "-P", "-c", PAGE],
+        env={**os.environ, "PYTHONPATH": str(IN_SERVER), "VLLM_API_KEY": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.splitlines()[-1] == "['/pause'] 403"
 
 
 @slow
@@ -479,6 +518,26 @@ def assert_same_play(one: RunFolder, many: RunFolder) -> None:
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5)
     assert any((found[name] - begun[name]).abs().max() > 1e-4 for name in begun)
+
+
+@slow
+def test_an_evaluation_by_a_server_gives_transformers_greedy_answers(
+    served_arena: Server, tmp_path: Path
+):
+    questions = [f"{a}+{b}" for a in (27, 3, 48) for b in (48, 5, 19)]
+    lines = [json.dumps({"question": q, "answer": "0"}) for q in questions]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    answers = []
+    for engine in ([], ["--engine", "vllm", "--vllm.server", served_arena.address]):
+        out = tmp_path / f"{len(engine)}.json"
+        command = ["eval", "accuracy", "arena", str(tmp_path / "sums.jsonl"), "--json", str(out)]
+        command += ["--method", "exact", "--temperature", "0", "--max_tokens", "8"]
+        assert main([*command, *engine]) == 0
+        report = json.loads(out.read_text())
+        answers.append([q["answers"][0]["text"] for q in report["questions"]])
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) > 3
+    wait_until_free(served_arena)
 
 
 @slow
@@ -841,6 +900,11 @@ def test_engines_of_a_host_share_its_gpus():
     for named in ("4,5,6", "4"):
         with pytest.raises(ConfigError, match="can't be dealt out to 2 ranks"):
             devices(named, {}, 0, 2)
+    settings = Config.from_table(game({"rollout": {"vllm": {"tensor_parallel": 2}}}))
+    with pytest.raises(
+        ConfigError, match=r"^rollout\.vllm\.tensor_parallel = 2: each of the 2 ranks"
+    ):
+        devices_of_rank(settings.rollout.vllm, {}, Place(0, 2, 0, 2))
 
 
 def test_an_engine_does_not_take_itself_for_a_rank_of_the_run():

@@ -445,6 +445,12 @@ def devices_of_rank(settings: Vllm, environment: Mapping[str, str], place: Place
     if place.local_size == 1:
         return settings.devices
     if settings.devices is None:
+        if settings.tensor_parallel > 1:
+            raise ConfigError(
+                f"rollout.vllm.tensor_parallel = {settings.tensor_parallel}: each of the"
+                f" {place.local_size} ranks of a host has one GPU for its engine; name more of them in"
+                " rollout.vllm.devices, or one server for all (rollout.vllm.server)"
+            )
         visible = environment.get("CUDA_VISIBLE_DEVICES")
         return str(place.local_rank) if visible is None else visible.split(",")[place.local_rank]
     devices = settings.devices.split(",")
