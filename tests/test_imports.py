@@ -143,7 +143,7 @@ BESIDE = {
     "cli.recipes": {"cli"},
     "cli.config": {"cli"},
     "cli.push": {"cli"},
-    "cli.vllm_serve": {"cli"},
+    "cli.vllm_serve": {"cli", "cli.evaluate"},
     "evaluate.outputs": {"evaluate", "evaluate.win_rate"},
     "evaluate.pair_judges": {"evaluate", "evaluate.outputs", "evaluate.win_rate"},
     "evaluate.pair_report": {

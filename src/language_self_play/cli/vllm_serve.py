@@ -111,13 +111,16 @@ def run(arguments: list[str]) -> int:
     if not options.dry_run:
         _check_port(options.host, options.port)
 
-    from language_self_play.pretrained import adapter_base, resolve_model
+    from language_self_play.cli.evaluate import as_typed
+    from language_self_play.pretrained import adapter_base, load_model_config, resolve_model
 
     model = resolve_model(options.model)
     if (base := adapter_base(model)) is not None:
         raise ConfigError(
             f"{options.model}: is an adapter; serve its base, {base}, to which the run adds it"
         )
+    with as_typed("MODEL"):
+        load_model_config(options.model)  # what is no model is told here in a sentence
     command = server_command(
         python,
         model,
