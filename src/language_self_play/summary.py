@@ -36,10 +36,11 @@ def print_summary(run: RunFolder, console: Any) -> None:
         ("play on", f"train --resume {folder} --steps {2 * max(1, len(records))}"),
     ]
     if any("tier" in game for game in games):
-        next_commands[1:] = [
-            ("its accuracy by tier and task", f"eval accuracy {folder}"),
-            ("the game without self-reward, to see what that is for", "train arena-zero"),
-        ]
+        next_commands[1:] = [("its accuracy by tier and task", f"eval accuracy {folder}")]
+        if any(is_judged(record) for record in records):
+            next_commands.append(
+                ("the game without self-reward, to see what that is for", "train arena-zero")
+            )
     lines = [f"\nThe run is in {folder}: config, metrics, games, checkpoints, model. Next:"]
     lines += [f"  {what}:\n    {lsp} {command}" for what, command in next_commands]
     console.print("\n".join(lines), highlight=False, markup=False, emoji=False, soft_wrap=True)
