@@ -432,6 +432,32 @@ def test_an_engine_that_dies_while_the_policy_learns_is_started_by_the_next_step
     assert again == before
 
 
+def test_an_engine_that_died_of_new_weights_is_started_with_them_and_sent_them_no_more(
+    served: VllmSampler, monkeypatch: pytest.MonkeyPatch
+):
+    asked, asking = [], EngineProcess._ask
+
+    def dying(self: EngineProcess, request: dict[str, Any]) -> dict[str, Any]:
+        asked.append(request["do"])
+        if request["do"] == "load":
+            self.process.kill()
+        return asking(self, request)
+
+    model = served.policy.model
+    served.sync(model, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineProcess, "_ask", dying)
+        update(dict(model.named_parameters()), 3)
+        with pytest.warns(UserWarning, match="step 4: the vLLM engine died and was started again"):
+            served.sync(model, 4)
+    assert asked == ["load", "start"]
+    assert_is_the_policy(served, model, served.sample)
+    update(dict(model.named_parameters()), 4)
+    served.sync(model, 5)  # the next step's are sent
+    assert_is_the_policy(served, model, served.sample)
+    served.close()  # the next test starts one
+
+
 @pytest.fixture
 def wide(
     make_config: Callable[..., Config], endless_chat: Chat, vllm_python: str

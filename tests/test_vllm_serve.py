@@ -364,28 +364,47 @@ def test_names_of_uploads_stay_in_their_folder(sampler: VllmSampler):
             server._request("PUT", f"/lsp/weights/{path}", b"x")
 
 
-PAGE = """
-import asyncio, lsp_vllm
-passed, replies = [], []
-async def app(scope, receive, send): passed.append(scope["path"])
-async def send(message): replies.append(message.get("status"))
-for headers in ([], [(b"origin", b"http://evil.example")]):
-    scope = {"type": "http", "path": "/pause", "method": "POST", "headers": headers}
-    asyncio.run(lsp_vllm.Gate(app)(scope, None, send))
-print(passed, replies[0])
+WITHOUT_A_KEY = """
+import asyncio, json, sys, lsp_vllm
+async def app(scope, receive, send): await send({"status": 200})
+async def receive(): return {"type": "http.request", "body": b"x"}
+def asked(headers, method="POST", path="/pause"):
+    replies = []
+    async def send(message): replies.append(message)
+    scope = {"type": "http", "path": path, "method": method}
+    scope["headers"] = [(k.encode(), v.encode()) for k, v in headers.items()]
+    asyncio.run(gate(scope, receive, send))
+    return replies[0]["status"], replies[-1].get("body", b"").decode()
+gate = lsp_vllm.Gate(app)
+print([asked(headers)[0] for headers in json.loads(sys.argv[1])])
+print(*asked({"host": "localhost"}, "PUT", "/lsp/weights/a/b"))
 """
 
 
 @slow
-def test_without_a_key_pages_of_a_browser_are_refused(vllm_python: str):
+def test_without_a_key_pages_and_other_names_are_refused_and_no_room_for_weights_is_told(
+    vllm_python: str, tmp_path: Path
+):
+    taken = [{"host": h} for h in ("127.0.0.1:8000", "localhost", "[::1]:8000", "LOCALHOST:1")]
+    page = {"host": "127.0.0.1:8000", "origin": "http://evil.example"}
+    others = ["evil.example:8000", "localhost.evil.example", "127.0.0.1.evil"]
+    asked = [*taken, page, {}, *({"host": h} for h in others)]
     found = subprocess.run(
-        [vllm_python, "-P", "-c", PAGE],
-        env={**os.environ, "PYTHONPATH": str(IN_SERVER), "VLLM_API_KEY": ""},
+        [vllm_python, "-P", "-c", WITHOUT_A_KEY, json.dumps(asked)],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(IN_SERVER),
+            "VLLM_API_KEY": "",
+            "LSP_VLLM_UPLOADS": str(tmp_path / "none"),
+        },
         capture_output=True,
         text=True,
         check=True,
     )
-    assert found.stdout.splitlines()[-1] == "['/pause'] 403"
+    codes, upload = found.stdout.splitlines()[-2:]
+    assert json.loads(codes) == [200] * 4 + [403] * 5
+    assert upload.startswith("507 ")
+    assert f"{tmp_path / 'none'}: can't be written (No such file or directory)" in upload
 
 
 @slow
@@ -839,14 +858,29 @@ def test_a_dry_run_shows_the_plain_command_without_the_key(
 
 
 @pytest.mark.parametrize(
-    "option", ["--host=0.0.0.0", "--api-key", "--api_key=k", "--middleware", "--uds"]
+    ("option", "instead"),
+    [
+        ("--host=0.0.0.0", "--host can't be given here; give --host before the --"),
+        ("--hos", "--host can't be given here"),  # vLLM takes it for --host
+        ("--api-key", "--api-key can't be given here; put the key into VLLM_API_KEY"),
+        ("--api_k=k", "--api-key can't be given here"),
+        ("--uds", "give --host before the --"),
+        ("--config", "write its options out"),
+        ("--model", "it is set here"),
+        ("--middleware", "it is set here"),
+        ("--weight_transfer_config.backend", "--weight-transfer-config can't be given here"),
+        ("--no-enable-lora", "give --lora-rank before the --"),
+    ],
 )
 def test_what_guards_a_server_can_not_be_given_to_vllm_itself(
-    option: str, pretended_python: str, capsys: pytest.CaptureFixture[str]
+    option: str, instead: str, pretended_python: str, capsys: pytest.CaptureFixture[str]
 ):
-    command = ["vllm-serve", "arena", "--python", pretended_python, "--dry-run", "--", option]
-    assert main(command) == 2
-    assert capsys.readouterr().err.startswith(f"lsp: -- {option}: ")
+    command = ["vllm-serve", "arena", "--python", pretended_python, "--dry-run", "--"]
+    assert main([*command, "--enforce-eager", "--model-impl", "vllm", option]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"lsp: -- {option}: ")
+    assert instead in error
+    assert main([*command, "--enforce-eager", "--model-impl", "vllm", "-tp", "2"]) == 0
 
 
 def test_of_a_model_that_lies_twice_in_its_folder_the_indexed_files_are_sent(tmp_path: Path):
@@ -860,10 +894,21 @@ def test_of_a_model_that_lies_twice_in_its_folder_the_indexed_files_are_sent(tmp
         }
     }
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert [f.name for f in weight_files(tmp_path)] == [
-        "model-1.safetensors",
-        "model-2.safetensors",
-    ]
+    parts = ["model-1.safetensors", "model-2.safetensors"]
+    assert [f.name for f in weight_files(tmp_path)] == parts
+    (tmp_path / "model.safetensors").touch()  # which transformers takes, too
+    assert [f.name for f in weight_files(tmp_path)] == ["model.safetensors"]
+
+
+def test_an_index_of_weights_that_is_broken_or_names_more_than_there_is_is_told(tmp_path: Path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    with pytest.raises(EngineDied, match=r"model-1\.safetensors: is missing, and model\.safet"):
+        weight_files(tmp_path)
+    for broken in ("", "[]", "{}", '{"weight_map": {"a": 1}}'):
+        index.write_text(broken)
+        with pytest.raises(EngineDied, match="can't be read as an index of weights"):
+            weight_files(tmp_path)
 
 
 def test_the_key_goes_through_the_environment_alone():
@@ -873,6 +918,30 @@ def test_the_key_goes_through_the_environment_alone():
 
 
 # ---------------------------------------------------------------- what ranks share
+
+
+def test_a_rank_that_asks_for_nothing_has_no_say_in_the_half_of_a_batch(
+    make_config: Callable[..., Config],
+    make_model: Callable[..., Any],
+    endless_chat: Chat,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    config = make_config(rollout={"engine": "vllm", "batch_size": 64})
+    sampler = VllmSampler(Policy(make_model("llama"), endless_chat), config)
+    asked: list[int] = []
+    monkeypatch.setattr(sampler, "_mend", lambda died, rows: asked.append(rows))
+    monkeypatch.setattr(sampler, "_start", lambda: {"version": 0})
+
+    def dies_once(engine: Any) -> dict[str, Any]:
+        if not asked:
+            raise EngineDied("out of memory")
+        return {"version": 0}
+
+    sampler._with_restart(dies_once, 0)
+    assert asked == [0]
+    asked.clear()
+    sampler._with_restart(dies_once)  # not known: the batch
+    assert asked == [64]
 
 
 def test_engines_of_a_host_share_its_cores():

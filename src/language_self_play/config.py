@@ -51,8 +51,8 @@ from language_self_play.recipe_files import load_recipe, merge, recipe_names
 from language_self_play.settings import sentences
 
 IMPORTANCE_CAP = 2.0
-# Of an adapter, in vLLM 0.32.
-MOST_LORA_RANK = 512
+# Of adapters, as vLLM 0.32 may be told of the largest.
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Of [rollout.vllm], what a server that runs already has been given at its own start.
 OF_OWN_ENGINE = (
     *("python", "devices", "tensor_parallel", "kv_cache_gib", "eager", "memory_fraction", "sleep"),
@@ -461,9 +461,9 @@ class Config(Section):
                     f"rollout.vllm.{given[0]}: is for an engine that the run starts, and rollout.vllm.server"
                     f" = {vllm.server!r} runs already; give it to `lsp vllm-serve`, and leave it out here"
                 )
-        if self.policy.lora is not None and self.policy.lora.rank > MOST_LORA_RANK:
+        if self.policy.lora is not None and self.policy.lora.rank > VLLM_LORA_RANKS[-1]:
             raise ValueError(
-                f"policy.lora.rank = {self.policy.lora.rank}: vLLM takes at most {MOST_LORA_RANK}; lower"
+                f"policy.lora.rank = {self.policy.lora.rank}: vLLM takes at most {VLLM_LORA_RANKS[-1]}; lower"
                 ' it, or use rollout.engine = "transformers"'
             )
         sampled: dict[str, Sampling | SelfReward] = {"solver": self.solver}

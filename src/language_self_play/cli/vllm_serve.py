@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import socket
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from language_self_play.cli import Parser
+from language_self_play.config import VLLM_LORA_RANKS
 from language_self_play.errors import ConfigError
 
 DESCRIPTION = """\
@@ -30,23 +32,23 @@ examples:
 Whoever can ask this server can change its weights. So it listens on this host alone unless it is told
 otherwise, and then it wants a key."""
 
-# Those that max_lora_rank may be.
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # The share of a host's memory for a server without a GPU, as rollout.vllm.memory_fraction has it.
 ON_CPU = 0.4
-# What keeps strangers from a server, or lets a run use it, is not for vLLM's own options to change.
-OURS_ALONE = "is set here, and a run needs it as it is; leave it out"
+# Options of vLLM's that would undo ours, and what to do instead.
+OURS_ALONE = "it is set here, and a run needs it as it is; leave it out"
+BEFORE = "give --{} before the --"
 GIVEN = {
-    "--host": "give --host before the --, which then asks for a key",
-    "--port": "give --port before the --",
-    "--dtype": "give --dtype before the --",
-    "--api-key": "put the key into VLLM_API_KEY in the environment, from where all routes have it",
-    **dict.fromkeys(("--model", "--uds", "--middleware", "--worker-extension-cls"), OURS_ALONE),
-    **dict.fromkeys(("--weight-transfer-config", "--logprobs-mode"), OURS_ALONE),
+    "host": BEFORE.format("host") + ", which then asks for a key",
+    "api-key": "put the key into VLLM_API_KEY in the environment, from where all routes have it",
+    "uds": BEFORE.format("host"),
+    "config": "write its options out: it could hold any of these",
+    **{name: BEFORE.format(name) for name in ("port", "dtype", "max-model-len")},
+    **dict.fromkeys(("enable-lora", "max-loras", "max-lora-rank"), BEFORE.format("lora-rank")),
+    **dict.fromkeys(("model", "middleware", "worker-extension-cls"), OURS_ALONE),
+    **dict.fromkeys(("weight-transfer-config", "logprobs-mode", "generation-config"), OURS_ALONE),
+    **dict.fromkeys(("skip-tokenizer-init", "enable-scale-out"), OURS_ALONE),
 }
 HERE = ("127.0.0.1", "::1", "localhost")
-# Set for our Python, or for one thread a process; vLLM numbers its threads itself.
-OURS = ("PYTHONPATH", "PYTHONHOME", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class Command(NamedTuple):
@@ -81,10 +83,7 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="show the command; start nothing")
     own, of_vllm = _split(arguments)
-    for option in of_vllm:
-        name = option.split("=")[0].replace("_", "-")
-        if name in GIVEN:
-            raise ConfigError(f"-- {option}: {GIVEN[name]}")
+    _refuse_ours(of_vllm)
     options = parser.parse_args(own)
     for name in ("python", "host", "model"):
         if getattr(options, name) == "":
@@ -93,10 +92,12 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"--port {options.port}: must be a number from 1 to 65535")
     if options.max_model_len is not None and options.max_model_len < 1:
         raise ConfigError(f"--max-model-len {options.max_model_len}: must be at least 1")
-    if options.lora_rank is not None and not 0 < options.lora_rank <= LORA_RANKS[-1]:
-        raise ConfigError(f"--lora-rank {options.lora_rank}: must be from 1 to {LORA_RANKS[-1]}")
+    if options.lora_rank is not None and not 0 < options.lora_rank <= VLLM_LORA_RANKS[-1]:
+        raise ConfigError(
+            f"--lora-rank {options.lora_rank}: must be from 1 to {VLLM_LORA_RANKS[-1]}"
+        )
 
-    from language_self_play.sampling.vllm_python import check_python
+    from language_self_play.sampling.vllm_python import check_python, environment_of_vllm
     from language_self_play.sampling.vllm_server import key_in
 
     key = key_in(options.api_key_env)
@@ -139,8 +140,7 @@ def run(arguments: list[str]) -> int:
         print(" ".join([*words, shlex.join(command.arguments)]))
         return 0
     sys.stdout.flush()
-    inherited = {name: value for name, value in os.environ.items() if name not in OURS}
-    os.execvpe(python, command.arguments, inherited | command.environment)
+    os.execvpe(python, command.arguments, environment_of_vllm() | command.environment)
 
 
 def server_command(
@@ -155,7 +155,7 @@ def server_command(
     on_cpu: bool = False,
 ) -> Command:
     """vLLM's server as a run needs it; docs/vllm.md says what each option is for."""
-    from language_self_play.sampling.vllm_python import IN_SERVER
+    from language_self_play.sampling.vllm_python import IN_SERVER, max_lora_rank
 
     # As `vllm serve` does, which looks for its own version under a name that the CPUs' package has not.
     arguments = [python, "-P", "-m", "vllm.entrypoints.openai.api_server"]
@@ -186,8 +186,8 @@ def server_command(
     if key:
         environment["VLLM_API_KEY"] = key
     if lora_rank is not None:
-        rank = next(r for r in LORA_RANKS if r >= lora_rank)
-        arguments += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
+        rank = str(max_lora_rank(lora_rank))
+        arguments += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", rank]
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     return Command(arguments, environment)
 
@@ -198,6 +198,18 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
         return arguments, []
     at = arguments.index("--")
     return arguments[:at], arguments[at + 1 :]
+
+
+def _refuse_ours(of_vllm: list[str]) -> None:
+    """Raises ConfigError for an option that would undo one of ours: the last one counts."""
+    for option in of_vllm:
+        if (found := re.match(r"--(?:no-)?(\w[\w-]*)", option)) is None:
+            continue
+        # vLLM takes underscores, `--name=value`, `--name.key value`, and names that are cut short.
+        given = found[1].replace("_", "-")
+        for name, instead in GIVEN.items():
+            if name.startswith(given):
+                raise ConfigError(f"-- {option}: --{name} can't be given here; {instead}")
 
 
 def _check_port(host: str, port: int) -> None:

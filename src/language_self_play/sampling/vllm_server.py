@@ -40,7 +40,7 @@ class ServerAway(EngineDied):
     """Nothing at the server's address can be asked; later there may be."""
 
 
-class Place(NamedTuple):
+class Request(NamedTuple):
     """`completions` of one prompt that are asked for in one request."""
 
     group: int
@@ -198,20 +198,20 @@ class VllmServer:
         """(tokens, log-probs) of each completion of each prompt, in order; all prompts at once."""
         n = request["n"]
         at_once = min(n, self.about["max_num_seqs"])
-        places = [
-            Place(group, range(n)[first : first + at_once])
+        asked = [
+            Request(group, range(n)[first : first + at_once])
             for group in range(len(request["prompts"]))
             for first in range(0, n, at_once)
         ]
         groups: list[list[tuple[list[int], list[float]]]] = [[] for _ in request["prompts"]]
-        pool = ThreadPoolExecutor(max(1, min(len(places), self.batch_size // at_once)))
+        pool = ThreadPoolExecutor(max(1, min(len(asked), self.batch_size // at_once)))
         try:
-            for place, drawn in zip(
-                places,
-                pool.map(lambda place: self._completions(request, place), places),
+            for part, drawn in zip(
+                asked,
+                pool.map(lambda part: self._completions(request, part), asked),
                 strict=True,
             ):
-                groups[place.group] += drawn
+                groups[part.group] += drawn
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             self._hang_up()  # Ctrl-C included: what is under way ends at once
@@ -221,9 +221,9 @@ class VllmServer:
         return groups
 
     def _completions(
-        self, request: dict[str, Any], place: Place
+        self, request: dict[str, Any], part: Request
     ) -> list[tuple[list[int], list[float]]]:
-        group, count = place.group, len(place.completions)
+        group, count = part.group, len(part.completions)
         parameters = {
             "n": count,
             "temperature": request["temperature"],
@@ -231,7 +231,7 @@ class VllmServer:
             "top_k": request["top_k"],
             "max_tokens": request["limits"][group],
             # vLLM adds a completion's number within its request.
-            "seed": request["seeds"][group] + place.completions.start,
+            "seed": request["seeds"][group] + part.completions.start,
             "stop_token_ids": request["stops"],
             "ignore_eos": True,  # the chat's stop tokens alone count
             "detokenize": False,
@@ -400,14 +400,26 @@ def key_in(variable: str) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a model's weights, or of an adapter: some hub models lie twice in their folder."""
+    """The files of a model's weights, or of an adapter: some hub models lie twice in their folder.
+
+    Raises EngineDied for an index that can't be read, or that names a file which isn't there.
+    """
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        named = json.loads(index.read_text("utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(named))]
-    if whole.is_file():
+    if whole.is_file():  # transformers, too, takes it before the index
         return [whole]
-    return [f for f in sorted(folder.iterdir()) if f.suffix == ".safetensors" or f.name == ADAPTER]
+    if not index.is_file():
+        return [
+            f for f in sorted(folder.iterdir()) if f.suffix == ".safetensors" or f.name == ADAPTER
+        ]
+    try:
+        named = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        files = [folder / name for name in named]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise EngineDied(f"{index}: can't be read as an index of weights") from None
+    for file in files:
+        if not file.is_file():
+            raise EngineDied(f"{file}: is missing, and {index.name} names it")
+    return files
 
 
 def _connection(address: str, timeout_s: float) -> http.client.HTTPConnection:

@@ -20,9 +20,6 @@ import os
 import sys
 from typing import Any
 
-# What max_lora_rank may be.
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
 
 class Engine:
     """vLLM with the weights of one version of the policy."""
@@ -30,13 +27,6 @@ class Engine:
     def __init__(self, request: dict[str, Any]):
         from vllm import LLM
 
-        settings = dict(request["settings"])
-        if rank := request["lora_rank"]:
-            settings |= {
-                "enable_lora": True,
-                "max_loras": 1,
-                "max_lora_rank": next(r for r in LORA_RANKS if r >= rank),
-            }
         self.llm = LLM(
             request["folder"],
             skip_tokenizer_init=True,
@@ -44,7 +34,7 @@ class Engine:
             logprobs_mode="processed_logprobs",  # of softmax(logits / τ)
             generation_config="vllm",  # the model's own would lay a top-k over what is asked for
             disable_log_stats=True,
-            **settings,
+            **request["settings"],
         )
         self.version = request["version"]
         self.adapter: Any = None

@@ -44,6 +44,9 @@ SHARED_MEMORY = Path("/dev/shm")
 BEAT_S = 10.0  # a byte so often, so that a connection whose other end has gone is noticed
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
+# What a server without a key may be called: a page whose site's name was made to mean this host sends that name.
+HERE = re.compile(r"(127\.0\.0\.1|\[::1\]|localhost)(:\d+)?", re.IGNORECASE)
+
 # Whoever holds the server changes it; these only read, or sample.
 FOR_ALL = ("/v1/", "/inference/")
 
@@ -90,6 +93,9 @@ class Gate:
             await _reply(send, 401, error="the key is missing or wrong")
         elif not self.key and "origin" in headers:
             await _reply(send, 403, error="without a key this server answers no pages of a browser")
+        elif not self.key and not HERE.fullmatch(headers.get("host", "")):
+            said = "without a key this server is 127.0.0.1, [::1] or localhost alone; give it a key"
+            await _reply(send, 403, error=said)
         elif path == "/lsp/about":
             await _reply(send, 200, **about(scope["app"].state, self.held_by))
         elif self.held_by is not None and run != self.held_by["run"] and self._changes(scope):
