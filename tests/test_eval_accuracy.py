@@ -164,6 +164,10 @@ BAD = {
     "an empty name": (["=sums.jsonl"], "SET: '' can't be a name"),
     "an empty path": (["x="], "SET = ''"),
     "a negative seed": (["sums.jsonl", "--seed", "-1"], "--seed = -1: must be at least 0"),
+    "too high a seed": (
+        ["sums.jsonl", "--seed", "2147483647"],
+        "--seed = 2147483647: must be below 2147483647",
+    ),
     "no batch": (["sums.jsonl", "--batch-size", "0"], "--batch-size = 0: must be at least 1"),
     "no folder": (["sums.jsonl", "--json", "no/a.json"], "--json no/a.json: there is no folder no"),
     "an empty file": (["empty.jsonl"], "empty.jsonl: holds no questions"),

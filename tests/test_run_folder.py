@@ -9,9 +9,10 @@ import os
 
 import pytest
 
-from language_self_play.config import Config
+from language_self_play.config import Config, Vllm
 from language_self_play.durable import append_text, remove_folder, replace_text
 from language_self_play.errors import ConfigError, NonFiniteError, Paused, RunFolderError
+from language_self_play.recipe_files import merge
 from language_self_play.run_folder import (
     RunFolder,
     flatten,
@@ -364,6 +365,38 @@ def test_a_resumed_run_may_change_nothing_else(run, overrides, sentence):
         run.resumed_config(overrides)
     assert str(refused.value).startswith(sentence)
     assert str(refused.value).endswith("; start a new run instead")
+
+
+OWN_ENGINE = {"python": "p", "eager": True, "kv_cache_gib": 2.0, "memory_fraction": 0.7}
+OWN_ENGINE |= {"devices": "1", "tensor_parallel": 2, "sleep": False}
+
+
+def test_a_resumed_run_moves_to_a_server_and_back_without_what_belongs_to_the_other_engine(
+    tmp_path,
+):
+    def with_vllm(**vllm):
+        return {"rollout": {"engine": "vllm", "vllm": vllm}}
+
+    table = CONFIG.model_dump(exclude_none=True)
+    run = RunFolder(tmp_path / "run")
+    run.create(Config.from_table(merge(table, with_vllm(**OWN_ENGINE, timeout_s=60.0))))
+    assert run.resumed_config({}).rollout.vllm == Vllm(**OWN_ENGINE, timeout_s=60.0)
+    moved = run.resumed_config(with_vllm(server="http://h:8000"))
+    assert moved.rollout.vllm == Vllm(server="http://h:8000", timeout_s=60.0)
+    run.write_config(moved)
+    assert run.resumed_config({}).rollout.vllm == moved.rollout.vllm
+    back = run.resumed_config(with_vllm(python="p"))
+    assert back.rollout.vllm == Vllm(python="p", timeout_s=60.0)
+    for name, value in OWN_ENGINE.items():  # what is asked for now is refused, not dropped
+        with pytest.raises(ConfigError, match=rf"^rollout\.vllm\.{name}: is for an engine that"):
+            run.resumed_config(with_vllm(server="http://h:8000", **{name: value}))
+
+
+@pytest.mark.parametrize("text", ["rollout = 3", "[rollout]\nvllm = 3", "rollout = []"])
+def test_a_damaged_section_of_a_runs_configuration_is_one_sentence(run, text):
+    run.config_file.write_text(f'{text}\n[policy]\npath = "m"\n[reward.main]\nkind = "arena"\n')
+    with pytest.raises(ConfigError, match=r"^rollout"):
+        run.resumed_config({})
 
 
 def test_a_changed_configuration_file_counts_as_how_the_run_began(run):

@@ -137,7 +137,7 @@ def test_an_adapter_is_sampled_with_its_base(
             vllm = {"python": vllm_python, "kv_cache_gib": 0.25}
             rollout = Rollout.model_validate({"engine": name, "vllm": vllm})
             section = PolicySection(path=path)
-            with generation(section, rollout, cpu, torch.float32, 0) as (sampler, sampled):
+            with generation(section, rollout, cpu, "float32", 0) as (sampler, sampled):
                 for step in range(2):  # what is fixed is not sent again
                     sampler.sync(sampled, step)
                     [group] = sampler.sample([[1, 20, 21, 2]], 1, "solver", GREEDY, 12)
@@ -213,6 +213,11 @@ BAD = {
         "--temperature 0.001: vLLM samples at 0.01 to 2.0, or greedily at 0; choose",
     ),
     "too hot": (["--engine", "vllm", "--temperature", "2.5"], "--temperature 2.5: vLLM samples at"),
+    "no value": (["--engine", "vllm", "--vllm.python"], "--vllm.python: needs a value"),
+    "two engines": (
+        ["--engine", "vllm", "--vllm.server", "http://h:1", "--vllm.memory_fraction", "0.5"],
+        "--vllm.memory_fraction: is for an engine that the run starts, and --vllm.server",
+    ),
     "as in a recipe": (["--rollout.engine", "vllm"], "--rollout: an evaluation has --engine"),
     "no section": (["--rollout.vllm", "3"], "--rollout: an evaluation has --engine"),
 }
@@ -235,6 +240,15 @@ def test_a_mistake_is_one_sentence_before_anything_loads(
     assert line.startswith(f"lsp: {sentence}")
     assert not Path("out").exists()
     assert not Path("a.json.part").exists()
+
+
+def test_a_server_that_is_away_is_told_by_the_flag_that_named_it(questions: str, capsys: Any):
+    command = ["eval", "accuracy", "arena", questions, "--engine", "vllm"]
+    assert main([*command, "--vllm.server", "http://127.0.0.1:1"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "lsp: --vllm.server = 'http://127.0.0.1:1': nothing answers there (Connection refused); start it"
+        " by `lsp vllm-serve`, or correct the address (docs/vllm.md)"
+    )
 
 
 @pytest.mark.parametrize("flag", [["--engine", "vllm"], ["--vllm.python", "x"]])

@@ -28,12 +28,15 @@ from safetensors.torch import load_file, save_file
 
 import test_vllm
 from language_self_play import Config, self_play
+from language_self_play.arena.questions import held_out_problems
 from language_self_play.chat import Chat
 from language_self_play.cli import main
 from language_self_play.cli.vllm_serve import server_command
-from language_self_play.config import Sampling
+from language_self_play.config import Policy as PolicySection
+from language_self_play.config import Rollout, Sampling, Vllm
 from language_self_play.distributed import Place
 from language_self_play.errors import ConfigError, Paused, ServiceError
+from language_self_play.evaluate.generation import generation
 from language_self_play.policy import Policy, add_adapter, load_chat_model
 from language_self_play.pretrained import resolve_model
 from language_self_play.recipe_files import load_recipe, merge
@@ -732,6 +735,44 @@ def test_each_thing_that_a_run_needs_of_a_server_is_looked_at(
         check_server(config, "float32", {"hidden_size": 64}, 128)
 
 
+def test_an_evaluation_asks_a_server_first_and_takes_its_dtype_unless_one_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Before the model's weights, which may have to be fetched."""
+    own = {"shape": {}, "dtype": "bfloat16"}
+    monkeypatch.setattr(vllm_server, "about", lambda address, key: ABOUT | own)
+    section, cpu = PolicySection(path="arena"), torch.device("cpu")
+    rollout = Rollout(engine="vllm", vllm=Vllm(server="http://h:8000", context=128))
+    with generation(section, rollout, cpu, "auto", 0) as (sampler, model):
+        assert (sampler.version, model.device.type) == (-1, "meta")
+    monkeypatch.setattr("language_self_play.evaluate.generation.FixedModel", None)
+    with (
+        pytest.raises(ConfigError, match="computes in bfloat16, and this run in float32"),
+        generation(section, rollout, cpu, "float32", 0),
+    ):
+        pass
+
+
+@slow
+def test_greedy_accuracy_by_a_server_is_transformers_answer_by_answer(
+    served_arena: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": q, "answer": p.answer} for q, p in held_out_problems()[::15]]
+    Path("arena.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["eval", "accuracy", "arena", "arena.jsonl", "--method", "exact"]
+    command += ["--max_tokens", "12", "--temperature", "0"]
+    assert main([*command, "--json", "ours.json"]) == 0
+    flags = ["--engine", "vllm", "--vllm.server", served_arena.address]
+    assert main([*command, "--json", "theirs.json", *flags]) == 0
+    ours, theirs = (json.loads(Path(f"{name}.json").read_text()) for name in ("ours", "theirs"))
+    assert len(ours["questions"]) == 60
+    assert (ours.pop("engine"), theirs.pop("engine")) == ("transformers", "vllm")
+    assert ours == theirs
+    wait_until_free(served_arena)
+    assert list(served_arena.uploads.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("vllm", "sentence"),
     [
@@ -746,6 +787,7 @@ def test_each_thing_that_a_run_needs_of_a_server_is_looked_at(
             "rollout.vllm.python: is for an engine that the run",
         ),
         ({"server": "http://h", "devices": "0"}, "rollout.vllm.devices: is for an engine that"),
+        ({"server": "http://h", "sleep": False}, "rollout.vllm.sleep: is for an engine that"),
         ({"server_wait_s": -1.0}, "rollout.vllm.server_wait_s = -1.0"),
     ],
 )

@@ -580,12 +580,19 @@ def with_other_engine(table: Mapping[str, Any], overrides: Mapping[str, Any]) ->
 
     Settings of an engine of its own, where a server is named; the server, where one of those is.
     """
-    given = overrides.get("rollout", {})
-    given = given.get("vllm", {}) if isinstance(given, Mapping) else {}
-    rollout = dict(table.get("rollout", {}))
-    if not isinstance(given, Mapping) or "vllm" not in rollout:
+    given, before = _vllm_of(overrides), _vllm_of(table)
+    if given.get("server") is not None:
+        gone: tuple[str, ...] = OF_OWN_ENGINE
+    else:
+        gone = ("server",) if set(given) & set(OF_OWN_ENGINE) else ()
+    if not set(before) & set(gone):
         return dict(table)
-    server = given.get("server") is not None
-    gone = OF_OWN_ENGINE if server else ("server",) if set(given) & set(OF_OWN_ENGINE) else ()
-    rollout["vllm"] = {k: v for k, v in rollout["vllm"].items() if k not in gone}
-    return {**table, "rollout": rollout}
+    kept = {name: value for name, value in before.items() if name not in gone}
+    return {**table, "rollout": {**table["rollout"], "vllm": kept}}
+
+
+def _vllm_of(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """[rollout.vllm] of a table that was not looked at; empty where there is none."""
+    rollout = table.get("rollout")
+    vllm = rollout.get("vllm") if isinstance(rollout, Mapping) else None
+    return vllm if isinstance(vllm, Mapping) else {}

@@ -78,7 +78,8 @@ def run(arguments: list[str]) -> int:
 
     from language_self_play.cli.overrides import split_overrides
 
-    own, overrides = split_overrides(in_full(arguments), OWN_FLAGS)
+    with as_typed("MODEL"):
+        own, overrides = split_overrides(in_full(arguments), OWN_FLAGS)
     options = parser.parse_args(own)
     options.vllm = take_vllm(overrides)
     for flag, value, least in (("seed", options.seed, 0), ("batch-size", options.batch_size, 1)):
@@ -166,7 +167,6 @@ def _ask(options: Any, overrides: dict[str, Any]) -> int:
     from language_self_play.evaluate.outcomes import set_intervals, set_metrics
     from language_self_play.pretrained import (
         choose_device,
-        choose_dtype,
         context_length,
         load_model_config,
         resolve_model,
@@ -200,8 +200,7 @@ def _ask(options: Any, overrides: dict[str, Any]) -> int:
         if kept.records:
             _tell(f"{len(kept.records)} of {total} questions were answered before ({part})")
         if len(kept.records) < total:
-            dtype = choose_dtype("auto", device)
-            with generation(section, rollout, device, dtype, options.seed) as (sampler, model):
+            with generation(section, rollout, device, "auto", options.seed) as (sampler, model):
                 while (start := len(kept.records)) < total:
                     sampler.sync(model, start)  # draws are functions of where the batch begins
                     kept.add(exam.ask(sampler, prompts, start, start + BATCH))

@@ -82,7 +82,8 @@ def parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, dic
     from language_self_play.cli.overrides import split_overrides
 
     own = {flag for action in parser._actions for flag in action.option_strings}
-    rest, table = split_overrides(in_full(arguments), own)
+    with as_typed("MODEL"):
+        rest, table = split_overrides(in_full(arguments), own)
     judge, vllm = table.pop("judge", {}), take_vllm(table)
     if table or not isinstance(judge, dict):
         name = next(iter(table), "judge")

@@ -20,7 +20,8 @@ from language_self_play.errors import ConfigError, InputFileError, renaming
 
 # The settings that a measure's own arguments stand for.
 SETTING = re.compile(
-    r"(?<![\w.-])(?:policy\.path|device(?= = )|rollout\.vllm\.(?=\w)|rollout\.batch_size)"
+    r"(?<![\w.-])(?:policy\.path|device(?= = )|(?:--)?rollout\.vllm\.(?=\w)|rollout\.vllm(?=:)"
+    r"|rollout\.batch_size|(?<=set )dtype\b)"
 )
 
 # Seeds are below it; an own copy takes the one behind that of its model.
@@ -74,11 +75,14 @@ def check_report(file: Path | None) -> None:
 
 
 def as_typed(model: str) -> AbstractContextManager[None]:
-    """What is raised within says `model` of the path of what is loaded, and --device."""
+    """What is raised within says `model` of the path of what is loaded, and flags of what they set."""
     names = {
         "policy.path": model,
         "device": "--device",
+        "dtype": "--dtype",
+        "--rollout.vllm.": "--vllm.",
         "rollout.vllm.": "--vllm.",
+        "rollout.vllm": "--engine vllm",
         "rollout.batch_size": "--batch-size",
     }
     return renaming(lambda said: SETTING.sub(lambda found: names[found[0]], said))

@@ -12,7 +12,7 @@ from pathlib import Path
 from language_self_play.config import GREEDY, Policy, Rollout, Sampling
 from language_self_play.evaluate.generation import generation
 from language_self_play.evaluate.kept import KeptRecords, written_when
-from language_self_play.pretrained import choose_device, choose_dtype, resolve_model
+from language_self_play.pretrained import choose_device, resolve_model
 from language_self_play.sampling import Sampler
 
 
@@ -62,9 +62,8 @@ def answer(
     if len(kept.records) == total:
         return [str(record["output"]) for record in kept.records]
     device = choose_device(how.device)
-    dtype = choose_dtype(how.dtype, device)
     too_long: list[str] = []
-    with generation(section, how.rollout, device, dtype, how.seed) as (sampler, model):
+    with generation(section, how.rollout, device, how.dtype, how.seed) as (sampler, model):
         for start in range(len(kept.records), total, size):
             batch = instructions[start : start + size]
             sampler.sync(model, start)  # draws are functions of where the batch begins

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from language_self_play.config import ArenaReward, Config, Policy, Rollout
 from language_self_play.fixed_model import FixedModel
 from language_self_play.policy import load_chat_model
-from language_self_play.pretrained import context_length, load_model_config
+from language_self_play.pretrained import choose_dtype, context_length, load_model_config
 from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
 from language_self_play.sampling.vllm import VllmSampler
@@ -20,25 +20,26 @@ from language_self_play.sampling.vllm_server import check_server
 
 @contextmanager
 def generation(
-    section: Policy, rollout: Rollout, device: torch.device, dtype: torch.dtype, seed: int
+    section: Policy, rollout: Rollout, device: torch.device, dtype: str, seed: int
 ) -> Iterator[tuple[Sampler, PreTrainedModel]]:
     """A sampler of the model, and what its `sync` takes; ended afterwards.
 
-    With vLLM the weights are not loaded here. Raises ModelError, or ConfigError for a server that can't
-    serve this model.
+    With a `dtype` of "auto" a server computes in its own: no log-probs have to agree. With vLLM the weights
+    are not loaded here. Raises ModelError, or ConfigError for a server that can't serve this model.
     """
     sampler: Sampler
+    resolved = choose_dtype(dtype, device)
     if rollout.engine == "vllm":
         run = _as_run(section, rollout, seed)
         if rollout.vllm.server is not None:
             found = load_model_config(section.path, section.trust_remote_code)
-            # Whatever it computes in: no log-probs have to agree.
-            check_server(run, None, found.to_dict(), context_length(found))
-        fixed = FixedModel(section, device, dtype)
+            wanted = None if dtype == "auto" else dtype
+            check_server(run, wanted, found.to_dict(), context_length(found))
+        fixed = FixedModel(section, device, resolved)
         model = fixed.model
         sampler = VllmSampler(fixed, run)
     else:
-        chat, model = load_chat_model(section, device, dtype)
+        chat, model = load_chat_model(section, device, resolved)
         sampler = TransformersSampler(model, chat, seed, rollout.batch_size)
     try:
         yield sampler, model

@@ -332,7 +332,8 @@ def about(address: str, key: str) -> dict[str, Any]:
 def check_server(config: Config, dtype: str | None, model: dict[str, Any], context: int) -> None:
     """Raises ConfigError unless the server of rollout.vllm.server can play this run.
 
-    `model` is the policy's configuration as transformers has it, `context` its longest text.
+    `dtype` is None where any will do; `model` is the policy's configuration as transformers has it,
+    `context` its longest text.
     """
     settings = config.rollout.vllm
     assert settings.server is not None
