@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from language_self_play.cli import Parser
-from language_self_play.config import VLLM_LORA_RANKS
 from language_self_play.errors import ConfigError
 
 DESCRIPTION = """\
@@ -85,6 +84,9 @@ def run(arguments: list[str]) -> int:
     own, of_vllm = _split(arguments)
     _refuse_ours(of_vllm)
     options = parser.parse_args(own)
+
+    from language_self_play.config import VLLM_LORA_RANKS
+
     for name in ("python", "host", "model"):
         if getattr(options, name) == "":
             raise ConfigError(f"{name if name == 'model' else f'--{name}'} is empty")
