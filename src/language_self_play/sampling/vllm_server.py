@@ -67,6 +67,7 @@ class VllmServer:
         self.about: dict[str, Any] = {}
         self._hold: http.client.HTTPConnection | None = None
         self._open: set[http.client.HTTPConnection] = set()
+        self._is_stopping = False
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """As EngineProcess.ask does. Raises EngineDied."""
@@ -213,11 +214,13 @@ class VllmServer:
             ):
                 groups[part.group] += drawn
         except BaseException:
+            self._is_stopping = True
             pool.shutdown(wait=False, cancel_futures=True)
             self._hang_up()  # Ctrl-C included: what is under way ends at once
             raise
         finally:
             pool.shutdown()
+            self._is_stopping = False
         return groups
 
     def _completions(
@@ -279,8 +282,12 @@ class VllmServer:
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> dict[str, Any]:
         connection = _connection(self.address, self.timeout_s)
-        self._open.add(connection)
+        connection.auto_open = 0  # what was hung up stays so
         try:
+            connection.connect()
+            self._open.add(connection)
+            if self._is_stopping:  # _hang_up, which comes after it is set, may have missed this one
+                raise ServerAway("the run stops")
             connection.request(method, path, body, self._headers() | (headers or {}))
             response = connection.getresponse()
             status, said = response.status, response.read()
@@ -432,9 +439,10 @@ def _connection(address: str, timeout_s: float) -> http.client.HTTPConnection:
 
 def _shut(connection: http.client.HTTPConnection) -> None:
     """End it now, also while another thread waits for its reply."""
-    if connection.sock is not None:
+    opened = connection.sock
+    if opened is not None:
         with suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
+            opened.shutdown(socket.SHUT_RDWR)
     connection.close()
 
 
