@@ -457,6 +457,56 @@ def test_what_is_under_way_ends_at_once_when_the_run_is_stopped(sampler: VllmSam
     assert_is_the_policy(sampler, sampler.policy.model, sampler.sample)
 
 
+def test_a_request_that_is_about_to_connect_when_the_run_stops_is_never_sent(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+):
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.settimeout(30)
+        client = VllmServer(
+            config_of(make_config, f"http://127.0.0.1:{listening.getsockname()[1]}"), "run"
+        )
+        client.about = ABOUT
+        ended, connects, ends = threading.Event(), HTTPConnection.connect, vllm_server._UnderWay.end
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
+
+        def connect(connection: HTTPConnection) -> None:
+            signal.pthread_kill(main_thread, signal.SIGINT)
+            assert ended.wait(30)
+            connects(connection)
+
+        def end(under_way: Any) -> None:
+            ends(under_way)
+            ended.set()
+
+        monkeypatch.setattr(HTTPConnection, "connect", connect)
+        monkeypatch.setattr(vllm_server._UnderWay, "end", end)
+        received: list[bytes] = []
+
+        def listen() -> None:
+            with listening.accept()[0] as connection:
+                connection.settimeout(30)
+                received.append(connection.recv(100))
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        request = {
+            "prompts": [[1, 2]],
+            "n": 1,
+            "limits": [5],
+            "seeds": [0],
+            "stops": [3],
+            "base": True,
+        }
+        request |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        with pytest.raises(KeyboardInterrupt):
+            client._sample(request)
+        listener.join()
+        assert received == [b""]
+
+
 # ---------------------------------------------------------------- whole runs, on one rank and on several
 
 GAME = {

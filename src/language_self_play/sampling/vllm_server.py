@@ -47,6 +47,27 @@ class Request(NamedTuple):
     completions: range
 
 
+class _UnderWay:
+    """The requests that threads have sent, or are about to send, until all are ended at once."""
+
+    def __init__(self) -> None:
+        self._connections: list[http.client.HTTPConnection] = []
+        self._is_ended = False
+
+    def add(self, connection: http.client.HTTPConnection) -> None:
+        """Connect it. Raises ServerAway once the others were ended."""
+        connection.auto_open = 0  # what was ended stays so
+        connection.connect()
+        self._connections.append(connection)
+        if self._is_ended:  # end() may have come before it could be seen there
+            raise ServerAway("what it was asked for is no longer wanted")
+
+    def end(self) -> None:
+        self._is_ended = True
+        for connection in list(self._connections):
+            _shut(connection)
+
+
 class VllmServer:
     """The engine behind rollout.vllm.server, of one run and one of its ranks.
 
@@ -66,8 +87,6 @@ class VllmServer:
         self.adapter: str | None = None
         self.about: dict[str, Any] = {}
         self._hold: http.client.HTTPConnection | None = None
-        self._open: set[http.client.HTTPConnection] = set()
-        self._is_stopping = False
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """As EngineProcess.ask does. Raises EngineDied."""
@@ -86,7 +105,6 @@ class VllmServer:
 
     def close(self) -> None:
         """Let go of the server; it goes on running."""
-        self._hang_up()
         if self._hold is not None:
             _shut(self._hold)
         self._hold = None
@@ -205,26 +223,25 @@ class VllmServer:
             for first in range(0, n, at_once)
         ]
         groups: list[list[tuple[list[int], list[float]]]] = [[] for _ in request["prompts"]]
+        under_way = _UnderWay()
         pool = ThreadPoolExecutor(max(1, min(len(asked), self.batch_size // at_once)))
         try:
             for part, drawn in zip(
                 asked,
-                pool.map(lambda part: self._completions(request, part), asked),
+                pool.map(lambda part: self._completions(request, part, under_way), asked),
                 strict=True,
             ):
                 groups[part.group] += drawn
         except BaseException:
-            self._is_stopping = True
             pool.shutdown(wait=False, cancel_futures=True)
-            self._hang_up()  # Ctrl-C included: what is under way ends at once
+            under_way.end()  # Ctrl-C included
             raise
         finally:
             pool.shutdown()
-            self._is_stopping = False
         return groups
 
     def _completions(
-        self, request: dict[str, Any], part: Request
+        self, request: dict[str, Any], part: Request, under_way: _UnderWay
     ) -> list[tuple[list[int], list[float]]]:
         group, count = part.group, len(part.completions)
         parameters = {
@@ -248,6 +265,7 @@ class VllmServer:
                 "token_ids": request["prompts"][group],
                 "sampling_params": parameters,
             },
+            under_way,
         )
         choices = sorted(reply["choices"], key=lambda choice: choice["index"])
         for choice in choices:
@@ -274,20 +292,24 @@ class VllmServer:
 
     # ---------------------------------------------------------------- HTTP
 
-    def _post(self, path: str, said: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _post(
+        self, path: str, said: dict[str, Any] | None = None, under_way: _UnderWay | None = None
+    ) -> dict[str, Any]:
         body = json.dumps(said).encode() if said is not None else b""
-        return self._request("POST", path, body, {"Content-Type": "application/json"})
+        return self._request("POST", path, body, {"Content-Type": "application/json"}, under_way)
 
     def _request(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+        under_way: _UnderWay | None = None,
     ) -> dict[str, Any]:
         connection = _connection(self.address, self.timeout_s)
-        connection.auto_open = 0  # what was hung up stays so
         try:
-            connection.connect()
-            self._open.add(connection)
-            if self._is_stopping:  # _hang_up, which comes after it is set, may have missed this one
-                raise ServerAway("the run stops")
+            if under_way is not None:
+                under_way.add(connection)
             connection.request(method, path, body, self._headers() | (headers or {}))
             response = connection.getresponse()
             status, said = response.status, response.read()
@@ -296,7 +318,6 @@ class VllmServer:
         except (OSError, http.client.HTTPException) as error:
             raise ServerAway(_in_words(error)) from None
         finally:
-            self._open.discard(connection)
             connection.close()
         if status != http.HTTPStatus.OK:
             raise EngineDied(_reason(status, said))
@@ -305,10 +326,6 @@ class VllmServer:
     def _headers(self) -> dict[str, str]:
         name = f"process {os.getpid()} on {socket.gethostname()}"
         return _authorization(self.key) | {"X-Lsp-Run": self.run, "X-Lsp-Name": name}
-
-    def _hang_up(self) -> None:
-        for connection in list(self._open):
-            _shut(connection)
 
 
 def about(address: str, key: str) -> dict[str, Any]:
