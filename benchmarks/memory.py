@@ -66,6 +66,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lsp-zero": ("34M", {"algorithm": "lsp-zero", **GAME}),
     "lsp, judge reads": ("34M", {"algorithm": "lsp", **GAME}),
     "reward model": ("34M", {"reward": {"main": {"kind": "reward_model", "format": "pair"}}}),
+    "long answers compared": (
+        "34M",
+        {
+            "eval": {
+                "win_rate": {
+                    "long": {"max_tokens": 900, "judge": {"kind": "local", "rubric": "arena"}}
+                }
+            }
+        },
+    ),
     "tiny vocabulary": ("30M, tiny vocabulary", {}),
     "float32, tied": ("135M, tied", {}),
     "bfloat16, tied": ("135M, tied", {"dtype": "bfloat16"}),
@@ -93,6 +103,9 @@ def settings(folder: Path, case: str) -> dict[str, Any]:
         table["data"] = {"path": str(folder / "queries.jsonl")}
     if "reward" in changes:
         table["reward"] = {"main": {"path": str(folder / "reward"), "max_tokens": 512}}
+    if "eval" in changes:
+        long = {"path": str(folder / "prompts.jsonl"), "judge": {"path": str(folder / "model")}}
+        table["eval"] = {"win_rate": {"long": long}}
     return merge(table, changes)
 
 
@@ -123,8 +136,9 @@ def make_models(folder: Path, case: str) -> None:
         config.architectures = None
         transformers.LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
         tokenizer.save_pretrained(folder / "reward")
-    rows = [json.dumps({"prompt": f"{i}" + "7" * changes.get("prompt", 60)}) for i in range(8)]
-    (folder / "queries.jsonl").write_text("\n".join(rows))
+    rows = [json.dumps({"prompt": f"{i}" + "7" * changes.get("prompt", 60)}) for i in range(32)]
+    (folder / "queries.jsonl").write_text("\n".join(rows[:8]))
+    (folder / "prompts.jsonl").write_text("\n".join(rows))
 
 
 def measure(folder: Path, case: str) -> None:
@@ -136,7 +150,7 @@ def measure(folder: Path, case: str) -> None:
     from language_self_play.config import Config
     from language_self_play.memory import memory_estimate
     from language_self_play.metrics import peak_resident_bytes
-    from language_self_play.plan import judge_turn, longest_turns
+    from language_self_play.plan import checked, judge_turn, longest_turns
 
     config = Config.from_table(settings(folder, case))
     if config.policy.lora:
@@ -149,8 +163,9 @@ def measure(folder: Path, case: str) -> None:
     before = peak_resident_bytes()
     language_self_play.train.self_play(config, folder / "run")
     measured = peak_resident_bytes() - before
-    turns = list(longest_turns(config).values())
-    estimate = memory_estimate(config, turns, judge_turn(config))
+    questions, evaluated, _ = checked(config)
+    turns = list(longest_turns(config, questions).values())
+    estimate = memory_estimate(config, turns, judge_turn(config), evaluated)
     print(json.dumps([estimate.peak, measured]))
 
 

@@ -43,7 +43,7 @@ ROOMS = [
             "cli.vllm_serve",
         ],
     ),
-    ("what a run would take", ["plan", "memory"]),
+    ("what a run would take", ["plan", "memory", "live_bytes"]),
     ("Algorithm 1", ["train"]),
     ("what it is played with, which joins the rooms", ["game"]),
     (

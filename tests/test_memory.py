@@ -22,10 +22,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from language_self_play import memory
+from language_self_play import live_bytes, memory
 from language_self_play.config import Config
 from language_self_play.forward import ForwardPath, choose_path
-from language_self_play.memory import LiveBytes, Turn
+from language_self_play.live_bytes import LiveBytes
+from language_self_play.memory import Turn
+from language_self_play.pretrained import resolve_model
 
 MIB = 2**20
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "memory.py"
@@ -228,7 +230,7 @@ def test_backward_passes_are_counted_beside_the_gradients_of_earlier_ones(folder
 
 
 def test_only_blocks_that_the_heap_holds_are_counted_as_its_own(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(memory, "HEAP_BLOCK", 400)
+    monkeypatch.setattr(live_bytes, "HEAP_BLOCK", 400)
     with LiveBytes([]) as count:
         tensors = [torch.zeros(100), torch.zeros(101)]  # 400 and 404 bytes
         del tensors
@@ -259,6 +261,48 @@ def test_a_reward_model_on_the_same_device_counts_with_its_pass_and_elsewhere_no
     )
     assert "reward model 'rm'" not in there.always
     assert there.phases["reward"].get("a pass of the reward model", 0) == 0
+
+
+def with_contest(folder: Path, judge: dict[str, Any]) -> memory.MemoryEstimate:
+    contest = {"path": "prompts.jsonl", "judge": judge}
+    return memory.memory_estimate(
+        config_of(folder, eval={"win_rate": {"ours": contest}}),
+        [Turn(2, 9, 3, 7)],
+        evaluated=[Turn(20, 30, 1, 70)],
+    )
+
+
+def test_long_answers_of_an_evaluation_count_as_sampling_does(folder: Path):
+    estimate = with_contest(folder, {"kind": "python", "function": "builtins:len"})
+    # A token's keys and values are 768 bytes; 20 prompts of 30, and buffers of 128 for 70 tokens.
+    assert estimate.phases["evaluating"]["keys and values"] == 768 * 20 * (30 + 128)
+    assert not any("judge" in part for part in estimate.always)
+
+
+def test_a_reward_model_that_compares_answers_counts_with_its_pass(folder: Path):
+    judge = {"kind": "reward_model", "path": str(folder.parent / "reward")}
+    estimate = with_contest(folder, judge)
+    real = LlamaForSequenceClassification.from_pretrained(folder.parent / "reward")
+    assert estimate.always["judge of eval.win_rate.ours"] == 4 * real.num_parameters()
+
+    def taken(tokens: int) -> int:
+        phases = with_contest(folder, judge | {"tokens_per_batch": tokens}).phases
+        return phases["comparing"]["a pass of the reward model"]
+
+    # Answers of 30 + 70 tokens to 20 prompts, and as many of the baseline.
+    assert taken(3000) == pytest.approx(1.5 * taken(2000), rel=0.01)
+    assert taken(9000) == taken(4000)
+    elsewhere = with_contest(folder, judge | {"device": "cuda:1"})
+    assert "judge of eval.win_rate.ours" not in elsewhere.always
+
+
+def test_a_local_judge_of_pairs_counts_with_its_pass(folder: Path):
+    estimate = with_contest(folder, {"kind": "local", "path": "arena"})
+    real = LlamaForCausalLM.from_pretrained(resolve_model("arena"))
+    assert estimate.always["judge of eval.win_rate.ours"] == 4 * real.num_parameters()
+    # Read once: no keys and values.
+    assert set(estimate.phases["comparing"]) <= {"a pass over the prompts", memory.LOST}
+    assert estimate.phases["comparing"]["a pass over the prompts"] > 0
 
 
 def test_a_judge_that_writes_needs_a_cache_for_all_its_replies(folder: Path):

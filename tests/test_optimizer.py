@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from language_self_play.config import Learner
-from language_self_play.memory import LiveBytes
+from language_self_play.live_bytes import LiveBytes
 from language_self_play.optimizer import Optimizer, learning_rate, working_copies
 
 OPTIMIZERS = ("adamw", "adamw_fused", "adamw_8bit")

@@ -8,9 +8,7 @@ and counting the bytes that are alive: right for every architecture, attention k
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,9 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,6 +27,7 @@ from transformers import (
 )
 
 from language_self_play.config import Config, RewardModelReward
+from language_self_play.evaluate.pair_judges import local_judge_config
 from language_self_play.forward import (
     ForwardPath,
     checkpointed_layers,
@@ -38,6 +35,7 @@ from language_self_play.forward import (
     states,
 )
 from language_self_play.lean_decoder import lean_decoder
+from language_self_play.live_bytes import FullBatch, LiveBytes, counted
 from language_self_play.logprobs import draw_tokens, token_logprobs
 from language_self_play.optimizer import Optimizer, working_copies
 from language_self_play.packing import MicroBatch, completions_at_once
@@ -45,6 +43,7 @@ from language_self_play.policy import add_adapter
 from language_self_play.pretrained import (
     choose_device,
     choose_dtype,
+    context_length,
     load_model_config,
     read,
     resolve_model,
@@ -61,7 +60,6 @@ MOMENT_BYTES = {"adamw": 8.0, "adamw_fused": 8.0, "adamw_8bit": 2 + 8 / 256}
 # back; with adapters more, whose small tensors lie between the others. Nothing is lost where the variable
 # below returns blocks at once. Measured: benchmarks/RESULTS.md.
 HEAP_LOSS, HEAP_LOSS_OF_ADAPTERS = 0.5, 1.0
-HEAP_BLOCK = 32 * 2**20
 BLOCKS_ARE_RETURNED = "MALLOC_MMAP_THRESHOLD_"
 LOST = "lost in the C library's heap"
 COPY_ON_ITS_WAY = "vLLM: a copy of the weights on its way, in shared memory"
@@ -93,11 +91,15 @@ class MemoryEstimate:
 
 
 def memory_estimate(
-    config: Config, turns: list[Turn], judging: Turn | None = None
+    config: Config,
+    turns: list[Turn],
+    judging: Turn | None = None,
+    evaluated: Sequence[Turn] = (),
 ) -> MemoryEstimate:
     """Memory of the policy's device for a step in which every completion is as long as it may be.
 
-    `judging` is what the reference is asked as judge: of each pair, a prompt and a reply.
+    `judging` is what the reference is asked as judge: of each pair, a prompt and a reply. `evaluated` are
+    the answers that evaluations take. Not counted: lm-eval's passes, and other programs' models.
     Raises ModelError for a model that can't be had.
     """
     device = choose_device(config.device)
@@ -120,6 +122,11 @@ def memory_estimate(
         }
         engine = EngineMemory.of(config, model) if config.rollout.engine == "vllm" else None
         models, phases["reward"] = _reward_models(config, device, turns)
+        if evaluated:
+            answers = [_sampling(model, config, turn, shared) for turn in evaluated]
+            phases["evaluating"] = _largest(answers)
+            judges, phases["comparing"] = _judges_of_pairs(config, device, evaluated)
+            models |= judges
     gradients = FLOAT32_BYTES * num_trained
     phases["update"] = {
         "gradients": gradients,
@@ -187,7 +194,7 @@ class EngineMemory(NamedTuple):
         """Lay the engine's parts over those of a run that samples itself; returns those elsewhere."""
         settings, folder = config.rollout.vllm, config.rollout.vllm.transfer_folder
         # The policy no longer samples; with LoRA the engine is the judge that writes, too.
-        phases["sampling"] = {}
+        phases["sampling"] = phases["evaluating"] = {}
         if config.policy.lora is not None and config.self_reward.mode == "generate":
             phases["judging"] = {}
         parts = {"vLLM: weights": self.held, "vLLM: keys and values": self.cache}
@@ -262,7 +269,7 @@ def static_path(model: PreTrainedModel) -> ForwardPath:
         logprobs_of_states(model, hidden, batch.completions_BKT.flatten(), 1.0)
         return True
 
-    with torch.no_grad(), _FullBatch():
+    with torch.no_grad(), FullBatch():
         return ForwardPath(_holds(attends), _holds(separates))
 
 
@@ -272,78 +279,6 @@ def _holds(check: Callable[[], bool]) -> bool:
     except Exception:
         # A model that can't be run in this way raises what its author's code happens to raise.
         return False
-
-
-# ---------------------------------------------------------------- counting
-
-
-class LiveBytes(TorchDispatchMode):
-    """While active, counts the bytes of tensors that operations make, until they are freed.
-
-    `now` and at `most`, and of those in blocks that the C library's heap would hold `most_in_heap`.
-    `known` tensors and their views are not counted.
-    """
-
-    def __init__(self, known: list[Tensor]):
-        super().__init__()
-        self.now = self.most = 0
-        self._in_heap = self.most_in_heap = 0
-        self._known = [t.untyped_storage() for t in known]  # held: no other gets their addresses
-        self._sizes = {storage._cdata: 0 for storage in self._known}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = _on_fake_tensors(func, args, kwargs or {})
-        tree_map_only(Tensor, self._count, result)
-        return result
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address not in self._sizes:
-            self._sizes[address] = storage.nbytes()
-            self._add(storage.nbytes(), 1)
-            weakref.finalize(storage, self._forget, address)
-
-    def _forget(self, address: int) -> None:
-        self._add(self._sizes.pop(address), -1)
-
-    def _add(self, size: int, sign: int) -> None:
-        self.now += sign * size
-        self.most = max(self.most, self.now)
-        if size <= HEAP_BLOCK:
-            self._in_heap += sign * size
-            self.most_in_heap = max(self.most_in_heap, self._in_heap)
-
-
-class _FullBatch(TorchDispatchMode):
-    """Answers yes where a pass asks of fake tensors, which have no numbers, whether none is padding."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        asked = func is torch.ops.aten._local_scalar_dense.default
-        if asked and isinstance(args[0], FakeTensor) and args[0].dtype == torch.bool:
-            return True
-        return _on_fake_tensors(func, args, kwargs or {})
-
-
-def _on_fake_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """`func`'s result. Of experts' products torch knows the shape in bfloat16 alone."""
-    if func is not torch.ops.aten._grouped_mm.default or args[0].dtype == torch.bfloat16:
-        return func(*args, **kwargs)
-    left, right, *rest = args
-    shaped = func(left.to(torch.bfloat16), right.to(torch.bfloat16), *rest, **kwargs)
-    return shaped.to(left.dtype)
-
-
-@contextmanager
-def _counted(model: PreTrainedModel, *known: Tensor) -> Iterator[LiveBytes]:
-    """Beside the model's own tensors and those `known`."""
-    own = [*model.parameters(), *model.buffers(), *known]
-    with LiveBytes(own) as count:
-        yield count
 
 
 # ---------------------------------------------------------------- phases
@@ -396,7 +331,7 @@ def _reading(
 ) -> tuple[int, int, dict[str, int]]:
     """Bytes of the cache of a pass over prompts, what the pass takes beside it, and what is lost."""
     inputs = _ones(model.device, rows, length)
-    with torch.no_grad(), _counted(model, inputs) as count:
+    with torch.no_grad(), counted(model, inputs) as count:
         cache = DynamicCache(config=model.config) if kept else None
         model(
             input_ids=inputs,
@@ -435,7 +370,7 @@ def _learning(
         weight.grad = torch.zeros_like(weight)
     gradients = [weight.grad for weight in trained if weight.grad is not None]
     inputs = [value for value in vars(batch).values() if isinstance(value, Tensor)]
-    with _FullBatch(), _counted(model, *trained, *gradients, *inputs) as count:
+    with FullBatch(), counted(model, *trained, *gradients, *inputs) as count:
         with checkpointed_layers(model, again):
             before = states(model, batch, path).flatten(0, 2)
             kept = count.now
@@ -457,7 +392,7 @@ def _learning(
 
 
 def _reward_models(
-    config: Config, device: torch.device, turns: list[Turn]
+    config: Config, device: torch.device, turns: Sequence[Turn]
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Weights of the reward models that share the policy's device, and what the largest pass takes."""
     weights, passes = {}, [dict[str, int]()]
@@ -467,15 +402,51 @@ def _reward_models(
         if section.device not in ("auto", config.device, str(device)):
             continue
         dtype = choose_dtype(config.dtype if section.dtype == "auto" else section.dtype, device)
-        model = _fake_reward_model(name, section, dtype, device)
+        model = _fake_reward_model(f"reward.{name}.path", section, dtype, device)
         weights[f"reward model {name!r}"] = sum(p.nbytes for p in model.parameters())
-        length = min(section.max_tokens, max(turn.P + turn.T for turn in turns))
-        pairs = max(turn.groups * turn.K for turn in turns)
-        inputs = _ones(device, min(pairs, max(1, section.tokens_per_batch // length)), length)
-        with torch.no_grad(), _counted(model, inputs) as count:
-            model(input_ids=inputs, attention_mask=inputs, use_cache=False)
-        passes.append({"a pass of the reward model": count.most, **_lost(model, count)})
+        passes.append(_scoring(model, section, turns))
     return weights, _largest(passes)
+
+
+def _judges_of_pairs(
+    config: Config, device: torch.device, turns: Sequence[Turn]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """As _reward_models, of the models that compare answers for eval.win_rate."""
+    weights, passes = {}, [dict[str, int]()]
+    for name, contest in config.eval.win_rate.items():
+        kind, setting = contest.judge.get("kind"), f"eval.win_rate.{name}"
+        if kind == "reward_model":
+            section = RewardModelReward.model_validate(contest.judge)
+            if section.device not in ("auto", config.device, str(device)):
+                continue
+            dtype = choose_dtype(section.dtype, device)
+            model = _fake_reward_model(f"{setting}.judge.path", section, dtype, device)
+            # The policy's answers, and as many of the baseline.
+            both = [turn._replace(groups=2 * turn.groups) for turn in turns]
+            passes.append(_scoring(model, section, both))
+        elif kind == "local":
+            local = local_judge_config(contest.judge)
+            found = load_model_config(local.policy.path)
+            model = _fake_model(local, found, choose_dtype("auto", device), device)
+            length = min(context_length(found), max(turn.P + turn.T for turn in turns))
+            asked = Turn(2 * max(t.groups for t in turns), length, 1, local.self_reward.max_tokens)
+            passes.append(_judging(model, local, asked, static_path(model).shared_prompt))
+        else:
+            continue  # an endpoint, a function, or the arena's verifier
+        weights[f"judge of {setting}"] = sum(p.nbytes for p in model.parameters())
+    return weights, _largest(passes)
+
+
+def _scoring(
+    model: PreTrainedModel, section: RewardModelReward, turns: Sequence[Turn]
+) -> dict[str, int]:
+    """The largest pass of a reward model over the turns' answers."""
+    length = min(section.max_tokens, max(turn.P + turn.T for turn in turns))
+    pairs = max(turn.groups * turn.K for turn in turns)
+    inputs = _ones(model.device, min(pairs, max(1, section.tokens_per_batch // length)), length)
+    with torch.no_grad(), counted(model, inputs) as count:
+        model(input_ids=inputs, attention_mask=inputs, use_cache=False)
+    return {"a pass of the reward model": count.most, **_lost(model, count)}
 
 
 def _lost(model: PreTrainedModel, count: LiveBytes) -> dict[str, int]:
@@ -509,7 +480,7 @@ def _fake_model(
 
 
 def _fake_reward_model(
-    name: str, section: RewardModelReward, dtype: torch.dtype, device: torch.device
+    setting: str, section: RewardModelReward, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     remote_code = section.trust_remote_code
 
@@ -523,7 +494,7 @@ def _fake_reward_model(
         )
 
     with unset_fake_temporarily(), torch.device("meta"):
-        model = read(section.path, build, f"reward.{name}.path")
+        model = read(section.path, build, setting)
     return _faked(model, device)
 
 

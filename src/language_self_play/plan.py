@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from language_self_play.data import Question
+    from language_self_play.evaluate.contest import Contest
+    from language_self_play.evaluate.exam import Exam
     from language_self_play.memory import MemoryEstimate, Turn
 
 BYTES_PER_GIB = 2**30
@@ -28,9 +30,9 @@ def print_plan(config: Config) -> None:
     from language_self_play.memory import memory_estimate
 
     console = Console()
-    questions, evaluations = checked(config)
+    questions, evaluated, evaluations = checked(config)
     turns = longest_turns(config, questions)
-    estimate = memory_estimate(config, list(turns.values()), judge_turn(config))
+    estimate = memory_estimate(config, list(turns.values()), judge_turn(config), evaluated)
     table = Table(title="One step", title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
@@ -67,17 +69,31 @@ def _memory_table(estimate: MemoryEstimate) -> Table:
     return table
 
 
-def checked(config: Config) -> tuple[list[Question], list[str]]:
-    """(GRPO's questions, a sentence for each evaluation that costs something).
+def checked(config: Config) -> tuple[list[Question], list[Turn], list[str]]:
+    """(GRPO's questions, the answers of each evaluation, a sentence for each that costs something).
 
     Raises what a run would raise before it loads weights.
     """
+    from language_self_play.chat import load_chat
     from language_self_play.game import check_without_weights
+    from language_self_play.memory import Turn
+    from language_self_play.pretrained import context_length, load_model_config
 
     _, reward, questions, measures = check_without_weights(config)
     reward.close()
     measures.close()
-    return questions, measures.plan()
+    chat = load_chat(config.policy)
+    context = context_length(load_model_config(config.policy.path, config.policy.trust_remote_code))
+
+    def turn(part: Exam | Contest, num_answers: int) -> Turn:
+        prompts = part.prompts(chat, context, config.solver.system_prompt)
+        longest = max(map(len, prompts))
+        most = min(part.section.max_tokens, context - longest)
+        return Turn(len(prompts), longest, num_answers, most)
+
+    evaluated = [turn(exam, exam.section.num_answers) for exam in measures.exams]
+    evaluated += [turn(contest, 1) for contest in measures.contests]
+    return questions, evaluated, measures.plan()
 
 
 def longest_turns(config: Config, questions: list[Question] | None = None) -> dict[str, Turn]:
@@ -90,7 +106,7 @@ def longest_turns(config: Config, questions: list[Question] | None = None) -> di
     from language_self_play.memory import Turn
 
     if questions is None:
-        questions, _ = checked(config)
+        questions, _, _ = checked(config)
     chat = load_chat(config.policy)
     N, G = config.challenger.num_queries, config.solver.group_size
     if config.algorithm == "grpo":

@@ -412,19 +412,24 @@ def _reward_judge(reward: RewardSum, name: str, device: str, setting: str) -> Sc
     return ScoringJudge(name, score, load, reward.close)
 
 
-def _local_judge(settings: dict[str, Any], device: str, setting: str) -> ScoringJudge:
+def local_judge_config(settings: dict[str, Any]) -> Config:
+    """A run's configuration with the judge of kind local as its policy and self-reward."""
     fields = {key: value for key, value in settings.items() if key not in ("kind", "path")}
-    path = settings.get("path")
-    if not isinstance(path, str) or not path:
-        raise ConfigError(f"{setting}.path = {path!r}: name the model that judges, or `arena`")
     # One pass a pair, and its scores tie less often than the integers of mode `generate`.
     table = {
-        "policy": {"path": path},
+        "policy": {"path": settings["path"]},
         "self_reward": {"mode": "expected"} | fields,
         "reward": {"judge": {"kind": "arena"}},
     }
+    return Config.from_table(table)
+
+
+def _local_judge(settings: dict[str, Any], device: str, setting: str) -> ScoringJudge:
+    path = settings.get("path")
+    if not isinstance(path, str) or not path:
+        raise ConfigError(f"{setting}.path = {path!r}: name the model that judges, or `arena`")
     with named_as(setting):
-        config = Config.from_table(table)
+        config = local_judge_config(settings)
         section: SelfReward = config.self_reward
         context = context_length(load_model_config(path))
         JudgeQuestions(section, load_chat(config.policy), context)  # what is wrong shows here
