@@ -769,9 +769,13 @@ def test_an_evaluation_asks_a_server_first_and_takes_its_dtype_unless_one_is_nam
         ({"server": "http://h", "devices": "0"}, "rollout.vllm.devices: is for an engine that"),
         ({"server": "http://h", "sleep": False}, "rollout.vllm.sleep: is for an engine that"),
         ({"server_wait_s": -1.0}, "rollout.vllm.server_wait_s = -1.0"),
+        (
+            {"devices": "0,1", "tensor_parallel": 3},
+            "rollout.vllm.tensor_parallel = 3: more than rollout.vllm.devices = '0,1' names; name as",
+        ),
     ],
 )
-def test_settings_of_a_server_that_make_no_sense_are_refused(
+def test_settings_of_vllm_that_make_no_sense_are_refused(
     make_config: Callable[..., Config], vllm: dict[str, Any], sentence: str
 ):
     with pytest.raises(ConfigError, match=re.escape(sentence)):
@@ -892,6 +896,8 @@ def test_a_dry_run_shows_the_plain_command_without_the_key(
         ("--middleware", "it is set here"),
         ("--weight_transfer_config.backend", "--weight-transfer-config can't be given here"),
         ("--no-enable-lora", "give --lora-rank before the --"),
+        ("--grpc", "--grpc can't be given here; whoever reaches that port is asked for no key"),
+        ("--grpc_port=50051", "--grpc-port can't be given here; whoever reaches that port"),
     ],
 )
 def test_what_guards_a_server_can_not_be_given_to_vllm_itself(
@@ -991,6 +997,10 @@ def test_engines_of_a_host_share_its_gpus():
     for named in ("4,5,6", "4"):
         with pytest.raises(ConfigError, match="can't be dealt out to 2 ranks"):
             devices(named, {}, 0, 2)
+    shared = {"devices": "4,5", "tensor_parallel": 2}
+    settings = Config.from_table(game({"rollout": {"vllm": shared}}))
+    with pytest.raises(ConfigError, match="'4,5' gives each of the 2 ranks of a host 1; name as"):
+        devices_of_rank(settings.rollout.vllm, {}, Place(0, 2, 0, 2))
     settings = Config.from_table(game({"rollout": {"vllm": {"tensor_parallel": 2}}}))
     with pytest.raises(
         ConfigError, match=r"^rollout\.vllm\.tensor_parallel = 2: each of the 2 ranks"
