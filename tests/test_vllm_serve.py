@@ -832,7 +832,7 @@ def pretended_python(tmp_path: Path) -> str:
     return str(python)
 
 
-@pytest.mark.parametrize("what", ["missing", "file", "empty", "no model", "port"])
+@pytest.mark.parametrize("what", ["missing", "file", "empty", "no model", "adapter", "port"])
 def test_a_model_or_port_that_will_not_do_is_one_sentence(
     what: str, tmp_path: Path, pretended_python: str, capsys: pytest.CaptureFixture[str]
 ):
@@ -842,10 +842,14 @@ def test_a_model_or_port_that_will_not_do_is_one_sentence(
         "file": "is a file; a model is a folder",
         "empty": "holds no config.json",
         "no model": "is a file; a model is a folder",
+        "adapter": "lsp: MODEL = ",
         "port": "can't be listened on (Address already in use); choose another",
     }[what]
-    if what == "empty":
+    if what in ("empty", "adapter"):
         model.mkdir()
+    if what == "adapter":
+        (model / "adapter_config.json").write_text("{")
+        (model / "adapter_model.safetensors").touch()
     elif what in ("file", "no model"):
         model.write_text("x" if what == "file" else "")
     with socket.socket() as taken:
