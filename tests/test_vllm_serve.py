@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from language_self_play.config import Rollout, Sampling, Vllm
 from language_self_play.distributed import Place
 from language_self_play.errors import ConfigError, Paused, ServiceError
 from language_self_play.evaluate.generation import generation
+from language_self_play.game import check_engine
 from language_self_play.policy import Policy, add_adapter, load_chat_model
 from language_self_play.pretrained import resolve_model
 from language_self_play.recipe_files import load_recipe, merge
@@ -1010,6 +1012,17 @@ def test_engines_of_a_host_share_its_gpus():
         ConfigError, match=r"^rollout\.vllm\.tensor_parallel = 2: each of the 2 ranks"
     ):
         devices_of_rank(settings.rollout.vllm, {}, Place(0, 2, 0, 2))
+
+
+def test_gpus_that_can_not_be_shared_out_are_told_before_weights_load(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("language_self_play.game.check_vllm", lambda config: None)
+    config = Config.from_table(game({"rollout": {"vllm": {"devices": "0"}}}))
+    ranks: Any = SimpleNamespace(size=2, place=Place(0, 2, 0, 2))
+    with pytest.raises(ConfigError, match="can't be dealt out to 2 ranks"):
+        check_engine(config, torch.device("cuda", 0), ranks)
+    check_engine(config, torch.device("cpu"), ranks)  # there they compute on cores
 
 
 def test_an_engine_does_not_take_itself_for_a_rank_of_the_run():
