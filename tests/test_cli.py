@@ -472,8 +472,7 @@ def test_a_damaged_model_folder_is_refused_in_one_sentence(
     assert main([*command, "./model"]) == 2
     # transformers may have had a word before.
     [line] = [s for s in capsys.readouterr().err.splitlines() if "[transformers]" not in s]
-    named = "MODEL" if command[0] == "eval" else "policy.path"
-    assert line.startswith(f"lsp: {named} = './model': can't be loaded: ")
+    assert line.startswith("lsp: MODEL = './model': can't be loaded: ")
 
 
 def test_a_device_that_is_not_there_is_refused_in_one_sentence(capsys):
