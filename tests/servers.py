@@ -1,14 +1,18 @@
-"""Servers on localhost that several test files talk to: a judges' endpoint, and a hub with data sets."""
+"""Servers on localhost that several test files talk to: a judges' endpoint, and a hub."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -159,8 +163,8 @@ def surroundings(monkeypatch, tmp_path):
     monkeypatch.setattr(judge, "FIRST_PAUSE_S", 0.01)
 
 
-class DatasetHub(ThreadingHTTPServer):
-    """Data sets on a hub, for reading: `repos` is name -> file -> bytes; `requests` what was asked for."""
+class Hub(ThreadingHTTPServer):
+    """Data sets or models, for reading: `repos` is name -> file -> bytes; `requests` what was asked for."""
 
     daemon_threads = True
     block_on_close = False
@@ -177,6 +181,31 @@ class DatasetHub(ThreadingHTTPServer):
         pass  # clients that have hung up
 
 
+@contextmanager
+def serving(repos):
+    """A Hub that answers until it is left."""
+    server = Hub(repos)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def python_with_hub(tmp_path, url, *arguments):
+    """What Python does in a process of its own, which reads the hub's address when it starts."""
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    # hf_xet speaks another protocol to another server; this is its documented switch.
+    env |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
 class HubHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -186,11 +215,13 @@ class HubHandler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((self.command, path))
-        if match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            data = self.server.repos.get(match[1], {}).get(match[2])
+        if match := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            if match[1] not in self.server.repos:
+                return self.send_missing("Repo")
+            data = self.server.repos[match[1]].get(match[2])
             return self.send_file(data) if data is not None else self.send_missing("Entry")
         if match := re.fullmatch(
-            r"/api/datasets/([^/]+/[^/]+?)(/(?:revision|tree|paths-info)/.+)?", path
+            r"/api/(?:datasets|models)/([^/]+/[^/]+?)(/(?:revision|tree|paths-info)/.+)?", path
         ):
             files = self.server.repos.get(match[1])
             if files is None:

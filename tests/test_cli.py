@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 
 import language_self_play
 from language_self_play import errors
-from language_self_play.cli import COMMANDS, main
+from language_self_play.cli import COMMANDS, main, naming_model
 from language_self_play.cli.evaluate import MEASURES
 from language_self_play.config import Config
 from language_self_play.recipe_files import recipe_names, recipe_text
@@ -127,6 +128,22 @@ def test_the_tree_in_the_docstring_of_errors_is_the_tree():
         if "─ " in line
     }
     assert drawn == {cls.__name__: str(cls.exit_code) for cls in errors.LspError.__subclasses__()}
+
+
+def test_what_is_said_of_policy_path_names_the_argument_that_was_typed(monkeypatch, capsys):
+    def speak(arguments):
+        with naming_model():
+            warnings.warn("policy.path = 'x': its context, not my.policy.path", stacklevel=1)
+            raise errors.NonFiniteError("policy.path = 'x': no number")
+
+    monkeypatch.setattr("language_self_play.cli.recipes.run", speak)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["recipes"]) == 3
+    assert capsys.readouterr().err.splitlines() == [
+        "lsp: warning: MODEL = 'x': its context, not my.policy.path",
+        "lsp: MODEL = 'x': no number",
+    ]
 
 
 def test_an_interrupt_ends_with_130_and_no_traceback(monkeypatch, capsys):
@@ -455,8 +472,7 @@ def test_a_damaged_model_folder_is_refused_in_one_sentence(
     assert main([*command, "./model"]) == 2
     # transformers may have had a word before.
     [line] = [s for s in capsys.readouterr().err.splitlines() if "[transformers]" not in s]
-    named = "MODEL" if command[0] == "eval" else "policy.path"
-    assert line.startswith(f"lsp: {named} = './model': can't be loaded: ")
+    assert line.startswith("lsp: MODEL = './model': can't be loaded: ")
 
 
 def test_a_device_that_is_not_there_is_refused_in_one_sentence(capsys):

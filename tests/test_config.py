@@ -577,6 +577,16 @@ COMMAND_LINES = {
         ["train", "ok.toml", "--steps", "--seed", "3"],
         "--steps: needs a value",
     ),
+    "a table's flag without value": (
+        ["train", "ok.toml", "--policy.lora"],
+        "--policy.lora: needs a value; it is a table, whose settings are flags such as"
+        " --policy.lora.rank 16",
+    ),
+    "a table as a switch": (
+        ["train", "ok.toml", "--policy.lora", "true"],
+        "policy.lora = True: must be a table, such as [policy.lora], or flags such as"
+        " --policy.lora.rank 16",
+    ),
     "bad value": (["train", "ok.toml", "--steps", "many"], "steps = 'many': "),
     "empty value": (["train", "ok.toml", "--steps="], "steps = '': "),
     "unknown setting": (

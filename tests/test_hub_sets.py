@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import threading
 
 import pytest
 
-from servers import DatasetHub
+from servers import python_with_hub, serving
 
 pytest.importorskip("datasets", reason="the extra data is not installed")
 
@@ -41,24 +37,12 @@ def hub():
         "main/train.jsonl": lines.splitlines(keepends=True)[0],
     }
     alpaca = {"alpaca_eval_gpt4_baseline.json": json.dumps(ALPACA).encode()}
-    server = DatasetHub({"openai/gsm8k": gsm8k, "tatsu-lab/alpaca_eval": alpaca})
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving({"openai/gsm8k": gsm8k, "tatsu-lab/alpaca_eval": alpaca}) as server:
+        yield server
 
 
 def lsp(tmp_path, url, *arguments):
-    """What `lsp` does in a process of its own, which reads the hub's address when it starts."""
-    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    # hf_xet speaks another protocol to another server; this is its documented switch.
-    env |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "language_self_play", *arguments],
-        env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    return python_with_hub(tmp_path, url, "-m", "language_self_play", *arguments)
 
 
 def test_a_question_set_comes_from_the_hub_in_its_subset_and_split(hub, tmp_path):
@@ -89,7 +73,7 @@ def test_alpacas_instructions_and_baseline_come_from_the_hub(hub, tmp_path):
 
 def one_sentence(done):
     assert done.returncode == 2, done.stderr
-    asking, line = done.stderr.splitlines()
+    asking, *_, line = done.stderr.splitlines()
     assert "the hub is asked" in asking
     assert line.startswith("lsp: ")
     return line.removeprefix("lsp: ")

@@ -114,7 +114,7 @@ ROOMS = [
     (
         "what settings are made of, types",
         [
-            *["settings", "recipe_files", "extras", "types"],
+            *["settings", "recipe_files", "extras", "types", "hub"],
             *["stopwatch", "signals", "out_of_memory"],
         ],
     ),
@@ -223,7 +223,7 @@ LIBRARIES = {
         "summary",
     },
     "safetensors": {"checkpoint", "policy", "shard_files", "sampling.in_server.lsp_vllm"},
-    "huggingface_hub": {"publish", "evaluate.outputs", "fixed_model"},
+    "huggingface_hub": {"publish", "evaluate.outputs", "fixed_model", "hub"},
     "peft": {"policy"},
     "vllm": {"sampling.vllm_worker", "sampling.in_server.lsp_vllm"},
     "lsp_vllm": {"sampling.vllm_worker"},  # our own file, as the Python that has vLLM finds it

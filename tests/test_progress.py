@@ -184,7 +184,7 @@ def test_plain_lines_show_step_time_left_numbers_and_a_game(clock):
     watcher.step({"step": 0, "reward/mean": 0.5, "quality/mean": 3}, [game("27+48", 1, 0)])
     # One step took 20 s, so the other nine will take 180 s.
     assert out.getvalue() == (
-        "step 0/10  3:00 left  V̄ 0.50  V_Q 3.00\n"
+        "step 1/10  3:00 left  V̄ 0.50  V_Q 3.00\n"
         "    27+48  →  57 (R 1, R_Q 3.50)  |  57 (R 0, R_Q 3.50)   V 0.50\n"
     )
 
@@ -197,7 +197,7 @@ def test_plain_lines_wait_between_lines_but_never_miss_the_last_step(clock):
         watcher.step({"step": step}, [])
     shown = re.findall(r"step (\d+)/10", out.getvalue())
     # Steps end every 2 s; the first is shown, then the first that ends 5 s later, and the last.
-    assert shown == ["0", "3", "6", "9"]
+    assert shown == ["1", "4", "7", "10"]
 
 
 def test_plain_lines_measure_speed_from_where_a_resumed_run_began(clock):
@@ -206,7 +206,7 @@ def test_plain_lines_measure_speed_from_where_a_resumed_run_began(clock):
     clock.s += 4
     watcher.step({"step": 91}, [])
     # Two steps in 4 s; 3700 - 92 = 3608 steps are left, 7216 s.
-    assert out.getvalue() == "step 91/3700  2:00:16 left  \n"
+    assert out.getvalue() == "step 92/3700  2:00:16 left\n"
 
 
 def test_plain_lines_keep_the_last_evaluation_in_sight(clock):
@@ -227,8 +227,10 @@ def test_plain_lines_show_no_games_if_none_are_wanted(clock):
 def test_plain_lines_end_with_the_evaluation_after_the_last_step(clock):
     out = io.StringIO()
     watcher = PlainLines(steps=10, start=0, every_s=5.0, out=out)
+    watcher.step({"step": 9, "reward/mean": 0.5}, [])
     watcher.step({"step": 10, "eval/sampled_accuracy": 0.5}, [])
-    assert out.getvalue() == "step 10/10  0:00 left  held-out 50.0%\n"
+    ending = f"step 10/10  V̄ 0.50\n{progress.ENDING}\n"
+    assert out.getvalue() == ending + "step 10/10  held-out 50.0%  V̄ 0.50\n"
 
 
 # ---------------------------------------------------------------- live bar
@@ -262,6 +264,30 @@ def test_the_live_bar_shows_steps_and_numbers_and_a_game_on_80_columns():
     assert lines[bar].rstrip().endswith("left")
     below = "held-out 45.7%  V̄ 0.25  V_Q 0.50  KL 0.006/0.123  valid 97%  unsolvable 6%"
     assert below in lines[bar + 1]
+
+
+def test_below_the_live_bar_no_part_is_broken_where_a_line_is_too_short_for_all():
+    numbers = {
+        "eval/sampled_accuracy": 0.873,
+        "eval/gsm8k/accuracy": 0.4,
+        "eval/mine/win_rate": 0.52,
+        "kl/solver": 0.006,
+        "kl/challenger": 0.123,
+        "queries/valid_fraction": 0.97,
+        "queries/unsolvable_fraction": 0.16,
+        "time/step_s": 10.0,
+        **{f"time/{part}_s": 1.0 for part in progress.PARTS},
+        "time/tokens_per_s": 12345.0,
+        "memory/peak_gib": 10.75,
+    }
+    lines = play_with_a_bar(game("27+48", 1, 0), every_s=0.0, width=80, record=numbers).splitlines()
+    bar = [i for i, line in enumerate(lines) if "1/10" in line][-1]
+    assert [line.rstrip() for line in lines[bar + 1 : bar + 5]] == [
+        "held-out 87.3%  gsm8k 40.0%  mine win rate 52.0%  V̄ 0.25  V_Q 0.50",
+        "KL 0.006/0.123  valid 97%  unsolvable 16%",
+        "10 s a step: pose 10%, answer 10%, reward 10%, judge 10%, learn 10%, sync 10%,",
+        "eval 10%, save 10%, other 10%  12,345 tokens/s  10.75 GiB",
+    ]
 
 
 def test_the_live_bars_shares_of_time_are_of_its_newest_step():
@@ -425,6 +451,7 @@ def test_the_summary_names_the_folder_as_it_is_whatever_its_name(finished_run, n
     text = summary(run, width=400)
     assert f"The run is in {quoted}: " in text
     assert f"    lsp play {quoted}\n" in text
+    assert f"    lsp train --resume {quoted} --steps 20\n" in text  # twice its own 10
 
 
 def test_the_commands_of_the_summary_can_be_copied_from_a_narrow_terminal(finished_run):

@@ -186,7 +186,7 @@ BAD = {
     "vLLM's settings alone": (["--vllm.python", "x"], "--vllm.python: is a setting of vLLM; add"),
     "no vLLM here": (
         ["--engine", "vllm"],
-        f"--vllm.python = {sys.executable!r}: it has no vllm",
+        f"--vllm.python (unset, so {sys.executable}): it has no vllm",
     ),
     "no such Python": (
         ["--engine", "vllm", "--vllm.python", "nowhere"],

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from language_self_play.config import Rollout, Sampling, Vllm
 from language_self_play.distributed import Place
 from language_self_play.errors import ConfigError, Paused, ServiceError
 from language_self_play.evaluate.generation import generation
+from language_self_play.game import check_engine
 from language_self_play.policy import Policy, add_adapter, load_chat_model
 from language_self_play.pretrained import resolve_model
 from language_self_play.recipe_files import load_recipe, merge
@@ -819,9 +821,13 @@ def test_an_evaluation_asks_a_server_first_and_takes_its_dtype_unless_one_is_nam
         ({"server": "http://h", "devices": "0"}, "rollout.vllm.devices: is for an engine that"),
         ({"server": "http://h", "sleep": False}, "rollout.vllm.sleep: is for an engine that"),
         ({"server_wait_s": -1.0}, "rollout.vllm.server_wait_s = -1.0"),
+        (
+            {"devices": "0,1", "tensor_parallel": 3},
+            "rollout.vllm.tensor_parallel = 3: more than rollout.vllm.devices = '0,1' names; name as",
+        ),
     ],
 )
-def test_settings_of_a_server_that_make_no_sense_are_refused(
+def test_settings_of_vllm_that_make_no_sense_are_refused(
     make_config: Callable[..., Config], vllm: dict[str, Any], sentence: str
 ):
     with pytest.raises(ConfigError, match=re.escape(sentence)):
@@ -878,7 +884,7 @@ def pretended_python(tmp_path: Path) -> str:
     return str(python)
 
 
-@pytest.mark.parametrize("what", ["missing", "file", "empty", "no model", "port"])
+@pytest.mark.parametrize("what", ["missing", "file", "empty", "no model", "adapter", "port"])
 def test_a_model_or_port_that_will_not_do_is_one_sentence(
     what: str, tmp_path: Path, pretended_python: str, capsys: pytest.CaptureFixture[str]
 ):
@@ -888,10 +894,14 @@ def test_a_model_or_port_that_will_not_do_is_one_sentence(
         "file": "is a file; a model is a folder",
         "empty": "holds no config.json",
         "no model": "is a file; a model is a folder",
+        "adapter": "lsp: MODEL = ",
         "port": "can't be listened on (Address already in use); choose another",
     }[what]
-    if what == "empty":
+    if what in ("empty", "adapter"):
         model.mkdir()
+    if what == "adapter":
+        (model / "adapter_config.json").write_text("{")
+        (model / "adapter_model.safetensors").touch()
     elif what in ("file", "no model"):
         model.write_text("x" if what == "file" else "")
     with socket.socket() as taken:
@@ -942,6 +952,8 @@ def test_a_dry_run_shows_the_plain_command_without_the_key(
         ("--middleware", "it is set here"),
         ("--weight_transfer_config.backend", "--weight-transfer-config can't be given here"),
         ("--no-enable-lora", "give --lora-rank before the --"),
+        ("--grpc", "--grpc can't be given here; whoever reaches that port is asked for no key"),
+        ("--grpc_port=50051", "--grpc-port can't be given here; whoever reaches that port"),
     ],
 )
 def test_what_guards_a_server_can_not_be_given_to_vllm_itself(
@@ -1041,11 +1053,26 @@ def test_engines_of_a_host_share_its_gpus():
     for named in ("4,5,6", "4"):
         with pytest.raises(ConfigError, match="can't be dealt out to 2 ranks"):
             devices(named, {}, 0, 2)
+    shared = {"devices": "4,5", "tensor_parallel": 2}
+    settings = Config.from_table(game({"rollout": {"vllm": shared}}))
+    with pytest.raises(ConfigError, match="'4,5' gives each of the 2 ranks of a host 1; name as"):
+        devices_of_rank(settings.rollout.vllm, {}, Place(0, 2, 0, 2))
     settings = Config.from_table(game({"rollout": {"vllm": {"tensor_parallel": 2}}}))
     with pytest.raises(
         ConfigError, match=r"^rollout\.vllm\.tensor_parallel = 2: each of the 2 ranks"
     ):
         devices_of_rank(settings.rollout.vllm, {}, Place(0, 2, 0, 2))
+
+
+def test_gpus_that_can_not_be_shared_out_are_told_before_weights_load(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("language_self_play.game.check_vllm", lambda config: None)
+    config = Config.from_table(game({"rollout": {"vllm": {"devices": "0"}}}))
+    ranks: Any = SimpleNamespace(size=2, place=Place(0, 2, 0, 2))
+    with pytest.raises(ConfigError, match="can't be dealt out to 2 ranks"):
+        check_engine(config, torch.device("cuda", 0), ranks)
+    check_engine(config, torch.device("cpu"), ranks)  # there they compute on cores
 
 
 def test_an_engine_does_not_take_itself_for_a_rank_of_the_run():

@@ -461,6 +461,12 @@ class Config(Section):
                     f"rollout.vllm.{given[0]}: is for an engine that the run starts, and rollout.vllm.server"
                     f" = {vllm.server!r} runs already; give it to `lsp vllm-serve`, and leave it out here"
                 )
+        named = vllm.tensor_parallel if vllm.devices is None else len(vllm.devices.split(","))
+        if named < vllm.tensor_parallel:
+            raise ValueError(
+                f"rollout.vllm.tensor_parallel = {vllm.tensor_parallel}: more than rollout.vllm.devices ="
+                f" {vllm.devices!r} names; name as many for each rank, or lower it"
+            )
         if self.policy.lora is not None and self.policy.lora.rank > VLLM_LORA_RANKS[-1]:
             raise ValueError(
                 f"policy.lora.rank = {self.policy.lora.rank}: vLLM takes at most {VLLM_LORA_RANKS[-1]}; lower"

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from language_self_play.config import Table
 from language_self_play.errors import InputFileError
 from language_self_play.extras import require
+from language_self_play.hub import look_for_hub
 from language_self_play.randomness import permutation, stream_key
 from language_self_play.recipe_files import read_text
 
@@ -204,11 +205,14 @@ def _text(path: Path, setting: str) -> str:
 def _rows_of_table(section: Table, setting: str) -> Iterator[tuple[str, Any]]:
     """Rows of whatever `datasets` reads."""
     path = str(section.path)
+    builder = _table_builder(section, setting)
+    if builder is None and not Path(path).exists():
+        look_for_hub()  # before datasets is imported, which then reads what it has found
     datasets = require("datasets", "data", f"{setting}.path = {path!r}")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is our sentence to say
     options: dict[str, Any] = {}
-    if builder := _table_builder(section, setting):
+    if builder is not None:
         options = {"sep": "\t"} if path.endswith(".tsv") else {}
         options |= {"path": builder, "data_files": path}
     try:

@@ -18,6 +18,7 @@ A message names the field or file, shows the value, says why it is wrong and wha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -95,8 +96,15 @@ class Paused(LspError, InterruptedError):
 
 @contextmanager
 def renaming(rename: Callable[[str], str]) -> Iterator[None]:
-    """What is raised within says `rename` of what it says: a setting has the name that the user typed."""
+    """What is raised or warned of within says `rename` of what it says: settings as the user typed them."""
+    show = warnings.showwarning
+    warnings.showwarning = lambda said, *rest, **named: show(
+        type(said)(rename(str(said))), *rest, **named
+    )
     try:
         yield
     except LspError as error:
-        raise type(error)(rename(str(error))) from None
+        error.args = (rename(str(error)),)
+        raise
+    finally:
+        warnings.showwarning = show

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from language_self_play.pretrained import (
     shards_in,
 )
 
-ENGINE_READS = ["*.safetensors", "*.json", "*.py"]
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class FixedModel:
@@ -40,8 +41,8 @@ class FixedModel:
         in_parts = adapter_base(section.path) is not None or shards_in(resolve_model(section.path))
         self.folder = None if in_parts else _weights_of(section.path)
 
-    def save_weights(self, folder: Path, with_adapter: bool = True) -> None:
-        """Write the whole model, an adapter merged, which it always is here."""
+    def save_weights(self, folder: Path) -> None:
+        """Write the whole model, an adapter merged with its base."""
         _, merged = load_chat_model(self.section, torch.device("cpu"), self.model.dtype)
         merged.save_pretrained(folder)
 
@@ -51,7 +52,17 @@ def _weights_of(path: str) -> Path:
     found = resolve_model(path)
     folder = Path(found)
     if not folder.is_dir():
-        folder = Path(read(path, lambda: snapshot_download(found, allow_patterns=ENGINE_READS)))
+        folder = read(path, lambda: _fetched(found))
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"policy.path = {path!r}: can't be loaded: it has no file *.safetensors")
     return folder
+
+
+def _fetched(hub_id: str) -> Path:
+    """The weights that transformers would read, and none of those that lie beside them in other forms."""
+    beside = ["*.json", "*.py"]
+    index = Path(snapshot_download(hub_id, allow_patterns=beside)) / INDEX
+    weights = {WHOLE}
+    if index.is_file():
+        weights = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    return Path(snapshot_download(hub_id, allow_patterns=[*beside, *sorted(weights)]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ from language_self_play.row_batches import RowBatches
 from language_self_play.run_folder import Record, RunFolder
 from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
-from language_self_play.sampling.vllm import VllmSampler, check_vllm
+from language_self_play.sampling.vllm import VllmSampler, check_vllm, devices_of_rank
 from language_self_play.sampling.vllm_server import check_server
 from language_self_play.signals import Stops
 from language_self_play.types import Posed, Solved
@@ -401,6 +402,8 @@ def check_engine(config: Config, device: torch.device, ranks: Ranks = ALONE) -> 
         )
     if config.rollout.vllm.server is None:
         check_vllm(config)
+        if device.type == "cuda":  # elsewhere engines compute on cores
+            devices_of_rank(config.rollout.vllm, os.environ, ranks.place)
         return
     model = load_model_config(config.policy.path, config.policy.trust_remote_code)
     dtype = str(choose_dtype(config.dtype, device)).removeprefix("torch.")

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from language_self_play.errors import ConfigError, InputFileError, ModelError
 from language_self_play.extras import require
+from language_self_play.hub import look_for_hub
 from language_self_play.model_paths import resolve_model
 from language_self_play.shard_files import Shards
 
@@ -228,6 +229,8 @@ def announce_hub(path: str) -> None:
 def read(path: str, load: Callable[[], Loaded], setting: str = "policy.path") -> Loaded:
     """Call a loader of what `setting` names; whatever it raises becomes one sentence, a ModelError."""
     transformers.utils.logging.disable_progress_bar()
+    if not Path(resolve_model(path)).is_dir():
+        look_for_hub()
     try:
         return load()
     except (InputFileError, ModelError):

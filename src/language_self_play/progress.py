@@ -1,8 +1,13 @@
-"""Watching a run while it plays: a live bar on a terminal, plain lines elsewhere. Never torch."""
+"""Watching a run while it plays: a live bar on a terminal, plain lines elsewhere. Never torch.
+
+Both count the steps that are played, 1 to S; records and files are numbered 0 to S − 1.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
+import textwrap
 import time
 from typing import IO, Any, Protocol
 
@@ -81,14 +86,18 @@ class PlainLines(Silent):
         if not self.is_read or (now - self.shown < max(self.every_s, 1.0) and not finished):
             return
         self.shown = now
-        done = record["step"] + 1 - self.start
-        left = (now - self.began) / max(done, 1) * max(0, self.steps - record["step"] - 1)
-        said = headline(self.state, self.first)
-        lines = [f"step {record['step']}/{self.steps}  {_duration(left)} left  {said}"]
+        played = min(record["step"] + 1, self.steps)  # the last record is of no step
+        said = [f"step {played}/{self.steps}", headline(self.state, self.first)]
+        if played < self.steps:
+            left = (now - self.began) / (played - self.start) * (self.steps - played)
+            said.insert(1, f"{_duration(left)} left")
+        lines = ["  ".join(filter(None, said))]
         if times := time_line(record):
             lines.append(f"    {times}")
         if self.every_s and (game := choose_game(games)):
             lines.append(f"    {game_line(game, is_judged(record))}")
+        if record["step"] + 1 == self.steps:
+            lines.append(ENDING)
         try:
             print("\n".join(lines), file=self.out, flush=True)
         except OSError:
@@ -144,10 +153,11 @@ class LiveBar(Silent):
         from rich.console import Group
         from rich.text import Text
 
-        lines = [headline(self.state, self.first), time_line(self.newest)]
+        said = [headline(self.state, self.first), time_line(self.newest)]
         if self.is_ending:
-            lines.append(ENDING)
-        return Group(self.bar, *(Text(line, overflow="fold") for line in lines if line))
+            said.append(ENDING)
+        lines = [line for text in said for line in in_lines(text, self.console.width)]
+        return Group(self.bar, *(Text(line, overflow="fold") for line in lines))
 
     def step(self, record: Record, games: list[Record]) -> None:
         from rich.text import Text
@@ -162,7 +172,7 @@ class LiveBar(Silent):
         now = time.monotonic()
         if self.every_s and now - self.shown >= self.every_s and (game := choose_game(games)):
             self.shown = now
-            text = Text(f"{record['step']:>6}  ", style="dim")
+            text = Text(f"{record['step'] + 1:>6}  ", style="dim")
             for piece, style in game_pieces(game, is_judged(record)):
                 text.append(piece, style)
             self.console.print(text, overflow="ellipsis", no_wrap=True)
@@ -240,6 +250,12 @@ def time_line(record: Record) -> str:
     if "memory/peak_gib" in record:
         line += f"  {record['memory/peak_gib']:.2f} GiB"
     return line
+
+
+def in_lines(text: str, width: int) -> list[str]:
+    """`text` in lines of at most `width`, broken between its parts (two spaces, a comma), not within one."""
+    parts = re.sub(r"(?<![, ]) (?! )", "\0", text)
+    return [line.replace("\0", " ") for line in textwrap.wrap(parts, width)]
 
 
 def choose_game(games: list[Record]) -> Record | None:

@@ -49,6 +49,15 @@ def fields(section: Tree, prefix: str = "", kind: str | None = None) -> Iterator
             )
 
 
+def flag_of_table(name: str, tree: Tree) -> str | None:
+    """A flag by which a setting of the section `name` is given; None if it is no section with defaults."""
+    for field in fields(tree):
+        within = field.name.startswith(f"{name}.") and ".NAME." not in field.name
+        if within and type(field.default) in (int, float, str):
+            return f"--{field.name} {field.default}"
+    return None
+
+
 def kinds(section: Tree) -> dict[str, str]:
     """Kind -> what it is, for every named part that can be configured."""
     return {
@@ -140,7 +149,9 @@ def _sentence(problem: Mapping[str, Any], tree: Tree) -> tuple[str, str]:
             shown = f"{kind!r} is unknown" if kind else "missing"
             sentence = f"{name}.kind: {shown}; one of {', '.join(kinds(tree))}"
         case "model_type" | "dict_type" | "model_attributes_type":
-            sentence = f"{name} = {given}: must be a table, such as [{name}]"
+            flag = flag_of_table(name, tree)
+            flags = f", or flags such as {flag}" if flag else ""
+            sentence = f"{name} = {given}: must be a table, such as [{name}]{flags}"
         case "string_type" | "list_type" | "too_short" if branches:
             sentence = f"{name} = {given}: must be text or a list of at least one text"
         case "string_pattern_mismatch" if location[-1] == "[key]":

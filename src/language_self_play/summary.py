@@ -33,7 +33,7 @@ def print_summary(run: RunFolder, console: Any) -> None:
     folder, lsp = shlex.quote(str(run.folder)), command_name()
     next_commands = [
         ("watch the model play both roles; --answer joins in", f"play {folder}"),
-        ("play on", f"train --resume {folder} --steps {2 * max(1, len(records))}"),
+        ("play on", f"train --resume {folder} --steps {2 * run.config()['steps']}"),
     ]
     if any("tier" in game for game in games):
         next_commands[1:] = [("its accuracy by tier and task", f"eval accuracy {folder}")]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 import textwrap
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from itertools import groupby
 from typing import Any, NoReturn
@@ -23,6 +25,7 @@ from language_self_play.errors import (
     ModelError,
     Paused,
     RunFolderError,
+    renaming,
 )
 
 # name -> (module, one line of help), in the order in which a newcomer meets them.
@@ -64,6 +67,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (`{self.prog} --help` shows how it is used)")
+
+
+def naming_model() -> AbstractContextManager[None]:
+    """What is said within names the argument MODEL, where it is about policy.path."""
+    return renaming(lambda said: re.sub(r"(?<![\w.-])policy\.path\b", "MODEL", said))
 
 
 # Seconds in which a rank of the same host comes to tell what this one has met, too.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,5 +92,5 @@ def engine_settings(options: argparse.Namespace, models: list[str], temperature:
     if config.rollout.vllm.server is None:
         from language_self_play.sampling.vllm_python import check_python
 
-        check_python(config.rollout.vllm.python or sys.executable, "rollout.vllm.python")
+        check_python(config.rollout.vllm.python, f"{SHORT}python")
     return config.rollout

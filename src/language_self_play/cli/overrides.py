@@ -9,7 +9,7 @@ from typing import Any
 from language_self_play.config import Config
 from language_self_play.errors import ConfigError
 from language_self_play.recipe_files import merge
-from language_self_play.settings import fields
+from language_self_play.settings import fields, flag_of_table
 
 
 def split_overrides(arguments: list[str], own: set[str]) -> tuple[list[str], dict[str, Any]]:
@@ -30,6 +30,8 @@ def split_overrides(arguments: list[str], own: set[str]) -> tuple[list[str], dic
             if value.startswith("--"):
                 near = difflib.get_close_matches(name, own, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
+                if flag := flag_of_table(name.removeprefix("--"), Config):
+                    hint = f"; it is a table, whose settings are flags such as {flag}"
                 raise ConfigError(f"{name}: needs a value{hint}")
         table = merge(table, parse_override(name.removeprefix("--"), value))
     return rest, table

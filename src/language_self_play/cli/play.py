@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from language_self_play.cli import Parser
+from language_self_play.cli import Parser, naming_model
 from language_self_play.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,16 +46,19 @@ def run(arguments: list[str]) -> int:
         parser.parse_args(["--help"])
 
     from language_self_play.cli.overrides import split_overrides
+    from language_self_play.model_paths import resolve_model
 
     own, overrides = split_overrides(arguments, {"--games", "--answer", "--recipe"})
     options = parser.parse_args(own)
     if options.games < 1:
         raise ConfigError(f"--games {options.games}: must be at least 1")
     config = config_for(options.model, options.recipe, overrides)
+    resolve_model(config.policy.path)  # a typing error is told before torch is imported
 
     from language_self_play.game import prepare
 
-    game = prepare(config)
+    with naming_model():
+        game = prepare(config)
     play = answer_yourself if options.answer else watch
     play(game, options.games)
     return 0

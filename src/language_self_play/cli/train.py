@@ -25,8 +25,9 @@ examples:
   lsp train my.toml --run runs/first --dry-run   check it, show its arithmetic
   lsp train --resume runs/first                  go on where it stopped
 
-exit codes: 0 done, 1 internal error, 2 bad input, 3 stopped by non-finite numbers,
-75 paused and resumable, 130 interrupted"""
+exit codes: 0 done, 1 internal error, 2 bad input, 3 stopped by non-finite numbers or by a
+sampler that is not the policy (rollout.vllm.max_logprob_difference), 75 paused and resumable,
+130 interrupted"""
 
 
 def run(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from language_self_play.cli import Parser
+from language_self_play.cli import Parser, naming_model
 from language_self_play.errors import ConfigError
 
 DESCRIPTION = """\
@@ -46,6 +46,10 @@ GIVEN = {
     **dict.fromkeys(("model", "middleware", "worker-extension-cls"), OURS_ALONE),
     **dict.fromkeys(("weight-transfer-config", "logprobs-mode", "generation-config"), OURS_ALONE),
     **dict.fromkeys(("skip-tokenizer-init", "enable-scale-out"), OURS_ALONE),
+    # Started by `vllm serve`, as a command that --dry-run shows may be; without our gate before them.
+    **dict.fromkeys(
+        ("grpc", "grpc-port"), "whoever reaches that port is asked for no key; leave it out"
+    ),
 }
 HERE = ("127.0.0.1", "::1", "localhost")
 
@@ -109,21 +113,20 @@ def run(arguments: list[str]) -> int:
             f" {options.api_key_env} in the environment, or leave --host out"
         )
 
-    python = options.python or sys.executable
-    on_cpu = check_python(python, "--python")
+    on_cpu = check_python(options.python, "--python")
     if not options.dry_run:
         _check_port(options.host, options.port)
 
-    from language_self_play.cli.evaluate import as_typed
     from language_self_play.pretrained import adapter_base, load_model_config, resolve_model
 
     model = resolve_model(options.model)
-    if (base := adapter_base(model)) is not None:
-        raise ConfigError(
-            f"{options.model}: is an adapter; serve its base, {base}, to which the run adds it"
-        )
-    with as_typed("MODEL"):
+    with naming_model():
+        if (base := adapter_base(model)) is not None:
+            raise ConfigError(
+                f"{options.model}: is an adapter; serve its base, {base}, to which the run adds it"
+            )
         load_model_config(options.model)  # what is no model is told here in a sentence
+    python = options.python or sys.executable
     command = server_command(
         python,
         model,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from language_self_play.config import ArenaReward, Config, Policy, Rollout
+from language_self_play.config import Policy, Rollout
 from language_self_play.fixed_model import FixedModel
 from language_self_play.policy import load_chat_model
 from language_self_play.pretrained import choose_dtype, context_length, load_model_config
@@ -16,6 +17,15 @@ from language_self_play.sampling import Sampler
 from language_self_play.sampling.transformers import TransformersSampler
 from language_self_play.sampling.vllm import VllmSampler
 from language_self_play.sampling.vllm_server import check_server
+
+
+class EngineSettings(NamedTuple):
+    """What an engine takes of a run's configuration."""
+
+    policy: Policy
+    rollout: Rollout
+    seed: int
+    threads: int | None = None
 
 
 @contextmanager
@@ -30,14 +40,15 @@ def generation(
     sampler: Sampler
     resolved = choose_dtype(dtype, device)
     if rollout.engine == "vllm":
-        run = _as_run(section, rollout, seed)
+        # An adapter is merged, so that the engine has none of its own.
+        settings = EngineSettings(section.model_copy(update={"lora": None}), rollout, seed)
         if rollout.vllm.server is not None:
             found = load_model_config(section.path, section.trust_remote_code)
             wanted = None if dtype == "auto" else dtype
-            check_server(run, wanted, found.to_dict(), context_length(found))
+            check_server(settings, wanted, found.to_dict(), context_length(found))
         fixed = FixedModel(section, device, resolved)
         model = fixed.model
-        sampler = VllmSampler(fixed, run)
+        sampler = VllmSampler(fixed, settings)
     else:
         chat, model = load_chat_model(section, device, resolved)
         sampler = TransformersSampler(model, chat, seed, rollout.batch_size)
@@ -45,11 +56,3 @@ def generation(
         yield sampler, model
     finally:
         sampler.close()
-
-
-def _as_run(section: Policy, rollout: Rollout, seed: int) -> Config:
-    """The settings of an engine, which are part of a run's."""
-    policy = section.model_copy(update={"lora": None})
-    return Config(
-        policy=policy, reward={"arena": ArenaReward(kind="arena")}, rollout=rollout, seed=seed
-    )

@@ -26,7 +26,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from language_self_play.config import Config, Sampling, Vllm
+from language_self_play.config import Sampling, Vllm
 from language_self_play.distributed import ALONE, Place, Ranks
 from language_self_play.errors import (
     ConfigError,
@@ -46,7 +46,7 @@ from language_self_play.sampling.vllm_python import (
     environment_of_vllm,
     max_lora_rank,
 )
-from language_self_play.sampling.vllm_server import EngineDied, VllmServer
+from language_self_play.sampling.vllm_server import EngineDied, Settings, VllmServer
 from language_self_play.types import Completion, FinishReason, Group, Role
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -72,7 +72,7 @@ class VllmSampler:
     Of several ranks each asks for its share, an engine of its own or all of them one server; all get all.
     """
 
-    def __init__(self, policy: Policy | FixedModel, config: Config, ranks: Ranks = ALONE):
+    def __init__(self, policy: Policy | FixedModel, config: Settings, ranks: Ranks = ALONE):
         self.ranks = ranks
         self.policy = policy
         self.chat = policy.chat
@@ -336,7 +336,10 @@ class VllmSampler:
             yield self.policy.folder
             return
         with _Transfer(self.config) as folder:
-            self.policy.save_weights(folder, with_adapter=False)
+            if isinstance(self.policy, FixedModel):
+                self.policy.save_weights(folder)
+            else:
+                self.policy.save_weights(folder, with_adapter=False)
             yield folder
 
     def _send_weights(self, engine: EngineProcess | VllmServer) -> dict[str, Any]:
@@ -358,7 +361,7 @@ class VllmSampler:
 class EngineProcess:
     """vllm_worker.py in its own Python, session and group. Ends with us: its stdin closes."""
 
-    def __init__(self, config: Config, on_cpu: bool, place: Place = ALONE.place):
+    def __init__(self, config: Settings, on_cpu: bool, place: Place = ALONE.place):
         settings = config.rollout.vllm
         self.timeout_s = settings.timeout_s
         self.errors = tempfile.TemporaryFile("w+b")  # noqa: SIM115  it lives as long as the process
@@ -465,6 +468,12 @@ def devices_of_rank(settings: Vllm, environment: Mapping[str, str], place: Place
             f"rollout.vllm.devices = {settings.devices!r}: can't be dealt out to {place.local_size} ranks"
             " of a host; name as many for each, or one server for all (rollout.vllm.server)"
         )
+    if each < settings.tensor_parallel:
+        raise ConfigError(
+            f"rollout.vllm.tensor_parallel = {settings.tensor_parallel}: rollout.vllm.devices ="
+            f" {settings.devices!r} gives each of the {place.local_size} ranks of a host {each}; name as"
+            " many for each, or lower it"
+        )
     return ",".join(devices[place.local_rank * each : (place.local_rank + 1) * each])
 
 
@@ -482,7 +491,7 @@ def _agreed(error: LspError) -> LspError:
 class _Transfer:
     """A folder in shared memory through which weights go, removed once they have arrived."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Settings):
         configured = config.rollout.vllm.transfer_folder
         self.parent = Path(configured) if configured else None
         if self.parent is None and SHARED_MEMORY.is_dir():
@@ -507,6 +516,6 @@ class _Transfer:
             ) from None
 
 
-def check_vllm(config: Config) -> None:
+def check_vllm(config: Settings) -> None:
     """Raises ConfigError if rollout.vllm.python has no vLLM; warns of a version that is not tested."""
-    check_python(config.rollout.vllm.python or sys.executable, "rollout.vllm.python")
+    check_python(config.rollout.vllm.python, "rollout.vllm.python")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -27,16 +28,20 @@ print(found[0] if found else "unknown vllm")
 """
 
 
-def check_python(python: str, setting: str) -> bool:
-    """Whether the vLLM of `python`, given as `setting`, is the one for CPUs.
+def check_python(python: str | None, setting: str) -> bool:
+    """Whether the vLLM of `python`, given as `setting`, is the one for CPUs; of ours where it is None.
 
     Raises ConfigError if it has none; warns of a version that is not tested.
     """
-    name = f"{setting} = {python!r}"
+    name = f"{setting} = {python!r}" if python else f"{setting} (unset, so {sys.executable})"
     advice = "docs/vllm.md says how to install vLLM"
     try:
         found = subprocess.run(
-            [python, "-P", "-c", FIND], capture_output=True, text=True, timeout=60, check=False
+            [python or sys.executable, "-P", "-c", FIND],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise ConfigError(f"{name}: gave no answer in 60 s; is it a Python?") from None

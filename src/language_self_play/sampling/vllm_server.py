@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
-from language_self_play.config import Config
+from language_self_play.config import Policy, Rollout
 from language_self_play.errors import ConfigError
 
 CONNECTS_WITHIN_S = 10.0
@@ -30,6 +30,22 @@ SENT_AT_ONCE = 1 << 20  # bytes of weights
 NO_LOGPROB = -9999.0
 SAID_LAST = 2000  # characters of what it said
 ADAPTER = "adapter_config.json"
+
+
+class Settings(Protocol):
+    """What an engine takes of a run's configuration, or an evaluation has in its place."""
+
+    @property
+    def policy(self) -> Policy: ...
+
+    @property
+    def rollout(self) -> Rollout: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def threads(self) -> int | None: ...
 
 
 class EngineDied(Exception):
@@ -74,7 +90,7 @@ class VllmServer:
     `run` names this start of the run. The first rank alone holds the server and gives it weights.
     """
 
-    def __init__(self, config: Config, run: str):
+    def __init__(self, config: Settings, run: str):
         settings = config.rollout.vllm
         assert settings.server is not None
         self.address = settings.server
@@ -353,7 +369,7 @@ def about(address: str, key: str) -> dict[str, Any]:
     return table
 
 
-def check_server(config: Config, dtype: str | None, model: dict[str, Any], context: int) -> None:
+def check_server(config: Settings, dtype: str | None, model: dict[str, Any], context: int) -> None:
     """Raises ConfigError unless the server of rollout.vllm.server can play this run.
 
     `dtype` is None where any will do; `model` is the policy's configuration as transformers has it,
