@@ -59,6 +59,24 @@ def test_a_name_can_be_given_and_all_settings_are_flags(sums: str, capsys: Any):
     assert "3 of 10 questions" in capsys.readouterr().out.replace("\n", " ")
 
 
+@pytest.mark.parametrize("questions", [[], ["sums.jsonl", *FLAGS]])
+def test_the_model_answers_in_the_dtype_that_is_named(
+    questions: list[str], sums: str, monkeypatch: pytest.MonkeyPatch
+):
+    from language_self_play import policy
+
+    loaded, load = [], policy.load_model
+
+    def noting(path: str, dtype: Any, *rest: Any) -> Any:
+        loaded.append(str(dtype))
+        return load(path, dtype, *rest)
+
+    monkeypatch.setattr(policy, "load_model", noting)
+    assert evaluate(*questions) == 0
+    assert evaluate(*questions, "--dtype", "bfloat16") == 0
+    assert loaded == ["torch.float32", "torch.bfloat16"]
+
+
 class Interrupting:
     """Stops like Ctrl-C before its second batch."""
 
@@ -103,7 +121,8 @@ def test_answers_to_other_questions_are_not_taken_over(
     Interrupting(monkeypatch)
     assert evaluate(sums, *FLAGS, "--json", "b.json") == 130
     capsys.readouterr()
-    for changed in (["--seed", "1"], ["--temperature", "0.5"], ["--prompt", "{query}?"]):
+    others = (["--seed", "1"], ["--temperature", "0.5"], ["--prompt", "{query}?"])
+    for changed in (*others, ["--dtype", "bfloat16"]):
         assert evaluate(sums, *FLAGS, *changed, "--json", "b.json") == 2
         assert capsys.readouterr().err == (
             "lsp: b.json.part: holds answers to other questions, of another model or with other"
@@ -155,8 +174,22 @@ BAD = {
     "no number": (["sums.jsonl", "--limit", "x"], "--limit = 'x': must be"),
     "a typing error": (
         ["sums.jsonl", "--limitt", "3"],
-        "--limitt: no such setting; did you mean --limit?",
+        "--limitt: no such flag; did you mean --limit?",
     ),
+    "a typing error in the command's own": (
+        ["sums.jsonl", "--devise", "cpu"],
+        "--devise: no such flag; did you mean --device?",
+    ),
+    "a typing error in an engine's": (
+        ["sums.jsonl", "--vlm.python=x"],
+        "--vlm.python: no such flag; did you mean --vllm.python?",
+    ),
+    "what is no flag": (
+        ["sums.jsonl", "--wherever", "x"],
+        "--wherever: no such flag; --help lists",
+    ),
+    "a flag of training": (["sums.jsonl", "--learner.lr", "1"], "--learner.lr: no such flag; "),
+    "no type": (["sums.jsonl", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     "no value": (["sums.jsonl", "--limit"], "--limit: needs a value"),
     "a seed for the arena": (["--seed", "3"], "--seed: has no effect on the arena's"),
     "a batch for the arena": (["--batch-size=3"], "--batch-size: has no effect on the arena's"),

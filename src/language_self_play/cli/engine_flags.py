@@ -1,4 +1,4 @@
-"""`--engine` and `--vllm.FIELD`, for evaluations: the settings of [rollout] that say what generates."""
+"""`--dtype`, `--engine` and `--vllm.FIELD`, for evaluations: the settings of [rollout] that say what generates."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ engines: with --engine vllm answers come from vLLM, in a process of its own. --v
 measured."""
 
 SHORT, FULL = "--vllm.", "--rollout.vllm."
+# What its flags begin with, as typed and in full.
+ENGINE_SETTINGS = ("vllm", "rollout")
+DTYPES = ("auto", "float32", "bfloat16")
 # Of [rollout.vllm], what only a run that learns has a use for.
 OF_TRAINING = ("sleep", "max_logprob_difference")
 
 
 def add_engine_flags(parser: Parser) -> None:
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of a model that answers")
     parser.add_argument(
         "--engine",
         choices=("transformers", "vllm"),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from language_self_play.cli import Parser
 from language_self_play.cli.engine_flags import (
+    ENGINE_SETTINGS,
     add_engine_flags,
     engine_settings,
     in_full,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 OWN_COPY = "own-copy"
 FILE_SUFFIXES = (".json", ".jsonl", ".gz")
-DTYPES = ("auto", "float32", "bfloat16")
 
 JUDGES = """\
 judges (flags --judge.FIELD, the fields of a [reward.NAME] of the same kind; `lsp config reward`):
@@ -65,7 +65,6 @@ def add_flags(parser: Parser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of answers at a temperature above 0")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the models that answer")
     add_engine_flags(parser)
     parser.add_argument(
         "--dry-run",
@@ -83,7 +82,7 @@ def parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, dic
 
     own = {flag for action in parser._actions for flag in action.option_strings}
     with as_typed("MODEL"):
-        rest, table = split_overrides(in_full(arguments), own)
+        rest, table = split_overrides(in_full(arguments), own, ["judge", *ENGINE_SETTINGS])
     judge, vllm = table.pop("judge", {}), take_vllm(table)
     if table or not isinstance(judge, dict):
         name = next(iter(table), "judge")
