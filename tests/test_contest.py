@@ -170,7 +170,7 @@ def test_a_limit_takes_the_same_prompts_and_their_baseline(prompts: str, tmp_pat
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("raise KeyError('no such thing')", "judge: "),
+        ("raise KeyError('no such thing')", "judge.function = 'fails_31:reward': raised KeyError"),
         ("return [float('nan')] * len(answers)", "returned nan"),
         ("return 3", "it must return a list of numbers"),
     ],
@@ -178,8 +178,8 @@ def test_a_limit_takes_the_same_prompts_and_their_baseline(prompts: str, tmp_pat
 def test_a_judge_that_fails_costs_a_point_of_the_curve_and_no_run(
     prompts: str, run: RunFolder, tmp_path: Path, body: str, reason: str
 ):
-    # A function is called once when it is found, with "a query".
-    program = f"    if queries != ['a query']:\n        {body}\n    return [0.0]\n"
+    # A function is called once when it is found, with "a query" first.
+    program = f"    if queries[0] != 'a query':\n        {body}\n    return [0.0] * len(answers)\n"
     (tmp_path / f"fails_{len(body)}.py").write_text(f"def reward(queries, answers):\n{program}")
     judge = {"kind": "python", "function": f"fails_{len(body)}:reward"}
     mine = contest(prompts, judge=judge)
@@ -189,6 +189,14 @@ def test_a_judge_that_fails_costs_a_point_of_the_curve_and_no_run(
     assert reason in found.trouble[0]
     assert "eval.win_rate.mine.judge" in found.trouble[0]
     assert found.metrics["eval/mine/unjudged"] == 1
+
+
+def test_prompts_that_the_arena_can_not_judge_are_told_when_the_run_begins(prompts: str):
+    with pytest.warns(
+        UserWarning,
+        match=r"^eval\.win_rate\.mine\.judge\.kind = 'arena': 3 of the 3 prompts are no queries",
+    ):
+        contest(prompts, judge={"kind": "arena"})
 
 
 def test_a_verdict_does_not_move_with_the_place_among_others(prompts: str, run: RunFolder):

@@ -373,6 +373,19 @@ def test_figures_go_where_the_shell_leads_them(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"a.json", "real.json", "link.json"}
 
 
+@pytest.mark.filterwarnings("always::UserWarning")  # shown as the command shows them
+def test_prompts_that_the_arena_can_not_judge_are_told_first(tmp_path, capsys):
+    queries = ["27+48", "Why?"]
+    mine = answers(tmp_path / "mine.json", ["57", "a"], queries)
+    theirs = answers(tmp_path / "theirs.json", ["1", "b"], queries)
+    command = ["eval", "win-rate", mine, theirs, "--prompts", mine, "--judge.kind", "arena"]
+    assert main(command) == 0
+    assert capsys.readouterr().err.startswith(
+        "lsp: warning: --judge.kind = 'arena': 1 of the 2 prompts is no query of the arena, such as"
+        " 'Why?'; all answers to them are wrong, and tie\n"
+    )
+
+
 # ---------------------------------------------------------------- models that answer
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,8 @@ judges (flags --judge.FIELD, the fields of a [reward.NAME] of the same kind; `ls
   --judge.base_url URL --judge.model NAME        an OpenAI-compatible endpoint, asked in both orders
   --judge.kind reward_model --judge.path MODEL   a reward model
   --judge.kind local --judge.path MODEL          the built-in judge (fields of [self_reward])
-  --judge.kind python --judge.function MODULE:FUNCTION"""
+  --judge.kind python --judge.function MODULE:FUNCTION    yours: (queries, answers) -> a score for each
+  --judge.kind arena                             the right answer to an arena query"""
 
 EXIT_CODES = """\
 exit codes: 0 done, 1 internal error, 2 bad input, 3 a judge's score that is not finite,
@@ -143,6 +145,8 @@ def compare(
         options.rollout = engine_settings(options, sampled, options.temperature)
         choose_device(options.device)  # what is no device, is told before anything is loaded
     judge = build_pair_judge(judge_settings, options.device)
+    if doubt := judge.doubt([i.instruction for i in instructions]):
+        warnings.warn(doubt, stacklevel=2)
     try:
         writing("--out", out, lambda: out.mkdir(parents=True, exist_ok=True))
         with as_typed("MODEL"):
