@@ -204,6 +204,17 @@ BAD = {
     "no batch": (["sums.jsonl", "--batch-size", "0"], "--batch-size = 0: must be at least 1"),
     "no folder": (["sums.jsonl", "--json", "no/a.json"], "--json no/a.json: there is no folder no"),
     "an empty file": (["empty.jsonl"], "empty.jsonl: holds no questions"),
+    "a folder without questions": (
+        ["folder"],
+        "SET = 'folder': can't be read: The directory at {folder} doesn't contain any data files; a folder"
+        " must hold tables of questions: name a file (JSON, JSONL, CSV, Parquet), or a folder of such files",
+    ),
+    "no keys": (
+        ["keyless.jsonl"],
+        "keyless.jsonl:1: has none of answer, test, test_list, solution, its columns are question, solutions;"
+        " a set that measures has a question and the key to its answer in every row, and --answer_column"
+        " names the keys' column",
+    ),
     "a long question": (
         ["long.jsonl"],
         "long.jsonl:1: the question takes ",
@@ -219,6 +230,9 @@ BAD = {
 def test_bad_input_is_one_sentence_and_exit_code_2(what: str, sums: str, capsys: Any):
     arguments, sentence = BAD[what]
     Path("empty.jsonl").write_text("")
+    Path("folder").mkdir()
+    Path("keyless.jsonl").write_text('{"question": "1+1", "solutions": "2"}\n')
+    sentence = sentence.replace("{folder}", str(Path("folder").resolve()))
     Path("long.jsonl").write_text(json.dumps({"question": "1+" * 5000, "answer": "1"}) + "\n")
     assert evaluate(*arguments) == 2
     lines = [x for x in capsys.readouterr().err.splitlines() if "[transformers]" not in x]

@@ -585,7 +585,8 @@ MISTAKES = {
     "win-rate a.json b.json": "the following arguments are required: --prompts",
     "win-rate a.json b.json --prompts nothere.json": "--prompts nothere.json: no such file",
     "win-rate a.json b.json --prompts empty.json": "--prompts empty.json: the file is empty",
-    "win-rate a.json b.json --prompts folder": "--prompts folder: is a folder; a file is needed",
+    "win-rate a.json b.json --prompts folder": "--prompts folder: is a folder; name a JSON or JSONL file whose rows have a column instruction, prompt, query or question",
+    "win-rate a.json b.json --prompts keys.json": "keys.json, row 1: has no prompt, its columns are key, text; name a JSON or JSONL file whose rows have a column instruction,",
     "win-rate a.json nothere.json --prompts a.json": "BASELINE nothere.json: no such file",
     "win-rate empty.json a.json --prompts a.json": "MODEL empty.json: the file is empty",
     "win-rate ./nothere a.json --prompts a.json": "./nothere: no such folder",
@@ -612,7 +613,7 @@ MISTAKES = {
     "alpaca": "MODEL: name the model to measure, or a file of annotations by --annotations",
     "alpaca --annotations nothere.json": "--annotations nothere.json: no such file",
     "alpaca --annotations empty.json": "--annotations empty.json: the file is empty",
-    "alpaca --annotations folder": "--annotations folder: is a folder; a file is needed",
+    "alpaca --annotations folder": "--annotations folder: is a folder; name a JSON or JSONL file whose rows have the columns instruction, output_1,",
     "alpaca --annotations a.json": "a.json, row 1: has no column 'output_1'",
     "alpaca a.json --annotations a.json": "MODEL: is not used with --annotations",
     "alpaca --baseline b --annotations a.json": "--baseline: is not used with --annotations",
@@ -631,6 +632,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(line, tmp_path, monkeypat
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     answers(tmp_path / "a.json", list("abcde"))
     (tmp_path / "empty.json").write_text("")
+    (tmp_path / "keys.json").write_text('[{"key": "a", "text": "b"}]')
     (tmp_path / "folder").mkdir()
     assert refusal(capsys, *line.split()).startswith(MISTAKES[line])
 

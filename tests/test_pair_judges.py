@@ -290,8 +290,14 @@ def by_query(queries, answers):
     ("function", "reason"),
     [
         ("broken", "raised ValueError: no good ("),
-        ("one_alone", "returned 1 number for 4 answers; it must return one for each, in their order"),
-        ("by_query", "returned 2 numbers for 4 answers; it must return one for each, in their order"),
+        (
+            "one_alone",
+            "returned 1 number for 4 answers; it must return one for each, in their order",
+        ),
+        (
+            "by_query",
+            "returned 2 numbers for 4 answers; it must return one for each, in their order",
+        ),
     ],
 )
 def test_a_function_that_can_not_judge_is_told_by_its_name_before_anything_is_answered(

@@ -403,7 +403,9 @@ def mine(function: Callable[..., Any]) -> RewardSum:
 
 
 def test_rewards_are_summed_by_weight_in_the_order_of_the_answers():
-    by_query = PythonFunction("reward.query", lambda queries, answers: [float(len(q)) for q in queries])
+    by_query = PythonFunction(
+        "reward.query", lambda queries, answers: [float(len(q)) for q in queries]
+    )
     terms = {"length": (0.5, PythonFunction("reward.length", lengths)), "query": (-1.0, by_query)}
     # Half the answers' lengths 1, 2 and 4, 20, minus the queries' lengths 3 and 12.
     expected = [[0.5 - 3, 1.0 - 3], [2.0 - 12, 10.0 - 12]]
