@@ -203,6 +203,10 @@ BAD = {
     ),
     "no batch": (["sums.jsonl", "--batch-size", "0"], "--batch-size = 0: must be at least 1"),
     "no folder": (["sums.jsonl", "--json", "no/a.json"], "--json no/a.json: there is no folder no"),
+    "a name that is too long": (
+        ["empty.jsonl", "--json", "j" * 252],
+        f"--json {'j' * 252}: can't be written (File name too long)",
+    ),
     "an empty file": (["empty.jsonl"], "empty.jsonl: holds no questions"),
     "a folder without questions": (
         ["folder"],

@@ -235,7 +235,7 @@ def test_a_judge_of_the_first_answer_is_a_draw_with_its_bias_reported(
     mine = answers(tmp_path / "mine.json", list("abcde"))
     theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
     assert main(["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge]) == 0
-    figures = report("evaluations/win-rate-mine-theirs")
+    figures = report("evaluations/win-rate-mine-theirs-prompts-grader")
     assert figures["win_rate"] == 50.0
     assert figures["n_draws"] == 5
     assert figures["strict_win_rate"] == 50.0  # of ten judgements five are for the model
@@ -244,7 +244,7 @@ def test_a_judge_of_the_first_answer_is_a_draw_with_its_bias_reported(
     out = " ".join(capsys.readouterr().out.split())
     assert "the answer shown first is preferred 100.0 %" in out
     # The orders are in the file, and scored to the same figures.
-    folder = tmp_path / "evaluations" / "win-rate-mine-theirs"
+    folder = tmp_path / "evaluations" / "win-rate-mine-theirs-prompts-grader"
     again = ["eval", "alpaca", "--annotations", str(folder / "annotations.json")]
     assert main([*again, "--json", "again.json"]) == 0
     of_file = json.loads((tmp_path / "again.json").read_text())
@@ -371,6 +371,24 @@ def test_figures_go_where_the_shell_leads_them(tmp_path):
     assert done.returncode == 0
     assert '"win_rate": 100.0' in done.stderr
     assert {file.name for file in tmp_path.iterdir()} == {"a.json", "real.json", "link.json"}
+
+
+def test_every_judge_and_every_file_of_prompts_has_a_folder_of_its_own(prompts, tmp_path):
+    (tmp_path / "two_judges.py").write_text(
+        "def longer(q, a): return [len(x) for x in a]\ndef shorter(q, a): return [-len(x) for x in a]\n"
+    )
+    mine = answers(tmp_path / "mine.json", ["a"] * 5)
+    theirs = answers(tmp_path / "theirs.json", ["bb"] * 5)
+    command = ["eval", "win-rate", mine, theirs, "--judge.kind", "python", "--prompts"]
+    for judge in ("longer", "shorter"):
+        assert main([*command, prompts, "--judge.function", f"two_judges:{judge}"]) == 0
+    assert main([*command, mine, "--judge.function", "two_judges:longer"]) == 0
+    found = {p.parent.name: report(p.parent)["win_rate"] for p in tmp_path.rglob("report.json")}
+    assert found == {
+        "win-rate-mine-theirs-prompts-two_judges-longer": 0.0,
+        "win-rate-mine-theirs-prompts-two_judges-shorter": 100.0,
+        "win-rate-mine-theirs-mine-two_judges-longer": 0.0,
+    }
 
 
 @pytest.mark.filterwarnings("always::UserWarning")  # shown as the command shows them
@@ -609,7 +627,12 @@ MISTAKES = {
     "win-rate a.json a.json --prompts a.json --batchsize=3": "--batchsize: no such flag; did you mean --batch-size?",
     "win-rate a.json a.json --prompts a.json --juge.model x": "--juge.model: no such flag; did you mean --judge.model?",
     "win-rate a.json a.json --prompts a.json --json no/where.json": "--json no/where.json: there",
-    "win-rate a.json a.json --prompts a.json --judge.kind arena --out a.json": "--out a.json: can't",
+    "win-rate a.json a.json --prompts a.json --judge.kind arena --out a.json": "--out a.json: a.json is a file; name a folder",
+    "win-rate a.json a.json --prompts broken.json --out a.json/b": "--out a.json/b: ",
+    f"win-rate a.json a.json --prompts broken.json --json {'j' * 252}": f"--json {'j' * 252}: can't be written (File name too long)",
+    f"win-rate a.json a.json --prompts a.json --judge.kind arena --out {'o' * 256}": f"--out {'o' * 256}: can't be written (File name too long)",
+    "win-rate a.json a.json --prompts broken.json --out /proc/o": "--out /proc/o: can't be written (",
+    f"alpaca --annotations broken.json --json {'j' * 252}": f"--json {'j' * 252}: can't be written",
     "alpaca": "MODEL: name the model to measure, or a file of annotations by --annotations",
     "alpaca --annotations nothere.json": "--annotations nothere.json: no such file",
     "alpaca --annotations empty.json": "--annotations empty.json: the file is empty",

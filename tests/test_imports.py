@@ -133,7 +133,7 @@ BESIDE = {
     "cli.eval_alpaca": {"cli", "cli.engine_flags", "cli.eval_pairs", "cli.evaluate"},
     "cli.eval_pairs": {"cli", "cli.engine_flags", "cli.evaluate", "cli.overrides"},
     "cli.eval_win_rate": {"cli", "cli.engine_flags", "cli.eval_pairs", "cli.evaluate"},
-    "cli.eval_table": {"cli"},
+    "cli.eval_table": {"cli", "cli.evaluate"},
     "cli.eval_harness": {"cli", "cli.evaluate"},
     "evaluate.answers": {"evaluate.generation", "evaluate.kept"},
     "evaluate.generation": {"evaluate"},

@@ -60,7 +60,7 @@ def take_vllm(table: dict[str, Any]) -> dict[str, Any]:
 def engine_settings(options: argparse.Namespace, models: list[str], temperature: float) -> Rollout:
     """[rollout] of an evaluation: the flags over the settings of the first of `models` that is a run.
 
-    With vLLM it is looked for. Raises ConfigError.
+    With vLLM it is looked for, and a server asked. Raises ConfigError.
     """
     from language_self_play.config import VLLM_TEMPERATURES, Config, with_other_engine
     from language_self_play.recipe_files import merge
@@ -94,7 +94,11 @@ def engine_settings(options: argparse.Namespace, models: list[str], temperature:
             " one of those, or --engine transformers"
         )
 
-    if config.rollout.vllm.server is None:
+    if config.rollout.vllm.server is not None:
+        from language_self_play.sampling.vllm_server import ask_server
+
+        ask_server(config.rollout.vllm)  # before anything of the user's is read
+    else:
         from language_self_play.sampling.vllm_python import check_python
 
         check_python(config.rollout.vllm.python or sys.executable, "rollout.vllm.python")

@@ -19,7 +19,7 @@ from language_self_play.cli.engine_flags import (
     in_full,
     take_vllm,
 )
-from language_self_play.cli.evaluate import LAST_SEED, as_typed, check_report, write_report
+from language_self_play.cli.evaluate import LAST_SEED, as_typed, check_target, write_report
 from language_self_play.errors import ConfigError, InputFileError, NonFiniteError, renaming
 from language_self_play.wording import counted
 
@@ -90,7 +90,7 @@ def run(arguments: list[str]) -> int:
             raise ConfigError(f"--{flag} = {value}: must be at least {least}")
     if options.seed >= LAST_SEED:
         raise ConfigError(f"--seed = {options.seed}: must be below {LAST_SEED}")
-    check_report(options.json)
+    check_target("--json", options.json)
     if options.set == "arena":
         given = {argument.split("=")[0] for argument in own}
         asked = [n for n in ("seed", "batch-size", "engine") if f"--{n}" in given]

@@ -20,7 +20,15 @@ from language_self_play.cli.engine_flags import (
     in_full,
     take_vllm,
 )
-from language_self_play.cli.evaluate import LAST_SEED, as_typed, say, write_report, writing
+from language_self_play.cli.evaluate import (
+    LAST_SEED,
+    as_typed,
+    check_folder,
+    check_target,
+    say,
+    write_report,
+    writing,
+)
 from language_self_play.errors import ConfigError
 from language_self_play.wording import counted
 
@@ -49,7 +57,7 @@ def add_flags(parser: Parser) -> None:
         "--out",
         metavar="DIR",
         type=Path,
-        help="folder of answers and annotations (by default named)",
+        help="folder of answers and annotations (by default evaluations/ and what is compared)",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write every figure")
     parser.add_argument(
@@ -94,7 +102,21 @@ def parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, dic
     return options, judge
 
 
-def check_flags(options: argparse.Namespace) -> None:
+def look_ahead(options: argparse.Namespace, model: str, baseline: str | None) -> None:
+    """Look at what needs no file of the user's and no torch, and set `options.rollout`; ask its server.
+
+    Raises ConfigError, or InputFileError for a place that can't be written.
+    """
+    _check_numbers(options)
+    check_target("--json", options.json)
+    check_folder("--out", options.out)
+    # Without a name the baseline is a file of the hub.
+    sampled = [n for n in (model, baseline) if n is not None and not Path(n).is_file()]
+    with as_typed("MODEL"):
+        options.rollout = engine_settings(options, sampled, options.temperature)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
     """Raises ConfigError for a number that answers can't be drawn with."""
     if not (math.isfinite(options.temperature) and options.temperature >= 0):
         raise ConfigError(f"--temperature {options.temperature:g}: must be 0 (greedy) or more")
@@ -114,18 +136,14 @@ def compare(
     judge_settings: dict[str, Any],
     measure: str,
     baseline_flag: str,
+    prompts: Path | None,
     difficulties: Sequence[float] | None = None,
 ) -> int:
     """Answers of both sides, verdicts, files and figures. Whatever can be wrong is looked at first.
 
-    `options.out` then holds model_outputs.json, reference_outputs.json, annotations.json,
+    `look_ahead` was. `options.out` then holds model_outputs.json, reference_outputs.json, annotations.json,
     leaderboard.csv and report.json.
     """
-    check_flags(options)
-    out = (
-        options.out or Path("evaluations") / f"{measure}-{_file_name(model)}-{_file_name(baseline)}"
-    )
-
     own_copy = baseline == OWN_COPY
     sides = {"MODEL": _side(model, "MODEL", instructions)}
     if not own_copy:
@@ -140,14 +158,14 @@ def compare(
     from language_self_play.evaluate.pair_judges import annotate, build_pair_judge, pairs_to_ask
     from language_self_play.pretrained import choose_device
 
-    sampled = [name for name in (model, baseline) if not Path(name).is_file()]
     with as_typed("MODEL"):
-        options.rollout = engine_settings(options, sampled, options.temperature)
         choose_device(options.device)  # what is no device, is told before anything is loaded
     judge = build_pair_judge(judge_settings, options.device)
     if doubt := judge.doubt([i.instruction for i in instructions]):
         warnings.warn(doubt, stacklevel=2)
+    out = options.out or _default_folder(measure, model, baseline, prompts, judge.name)
     try:
+        check_folder("--out", out)
         writing("--out", out, lambda: out.mkdir(parents=True, exist_ok=True))
         with as_typed("MODEL"):
             ours = _outputs(sides["MODEL"], model, instructions, options, out, options.seed)
@@ -335,6 +353,14 @@ def _progress(what: str) -> Any:
         print(f"{what} {done} of {of}", end=end, file=sys.stderr, flush=True)
 
     return tell
+
+
+def _default_folder(
+    measure: str, model: str, baseline: str, prompts: Path | None, judge: str
+) -> Path:
+    """One for each pair of models, file of prompts and judge."""
+    named = [model, baseline, *([str(prompts)] if prompts else []), judge]
+    return Path("evaluations") / "-".join([measure, *map(_file_name, named)])
 
 
 def _file_name(name: str) -> str:
