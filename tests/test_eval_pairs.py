@@ -193,6 +193,10 @@ def test_files_of_answers_are_judged_in_both_orders_and_written_for_alpaca_eval(
     assert "4 pairs in both orders: 8 requests to grader" in out
     assert "1 pair of equal answers ties unasked" in out
     assert "Order, of 4 pairs asked:" in out
+    assert figures["n_equal"] == 1
+    assert "1 of the 5 pairs has equal answers." in out
+    low, high = figures["win_rate_ci95"]
+    assert f"Win rate 50.00 % [{low:.2f}, {high:.2f}], a 95 % bootstrap interval over" in out
     assert out.index("8 requests") < out.index("Win rate")
     annotations = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert annotations[0] == {

@@ -256,8 +256,8 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     error = report["lc_standard_error"]
     of_leaderboard = "" if error is None else f", standard error {error:.2f} as AlpacaEval's"
     lines = [
-        f"Win rate {report['win_rate']:.2f} %, 95 % interval {low:.2f} to {high:.2f} (bootstrap over"
-        f" instructions); with ties as losses {report['strict_win_rate']:.2f} %.",
+        f"Win rate {report['win_rate']:.2f} % [{low:.2f}, {high:.2f}], a 95 % bootstrap interval over"
+        f" instructions; with ties as losses {report['strict_win_rate']:.2f} %.",
         f"Length-controlled win rate {report['length_controlled_win_rate']:.2f} %{of_leaderboard} (difficulty by"
         f" {'the table' if by == 'table' else 'the ' + by}); answers have"
         f" {report['avg_length']:.0f} characters, the baseline's {report['avg_length_baseline']:.0f}.",
@@ -269,6 +269,9 @@ def _sentences(report: dict[str, Any]) -> list[str]:
             f" pairs name another winner in the other order, {100 * bias['tied']:.1f} % of judgements are"
             " ties."
         )
+    if equal := report["n_equal"]:
+        has = "has" if equal == 1 else "have"
+        lines.append(f"{equal:,} of the {counted(report['n_total'], 'pair')} {has} equal answers.")
     if unjudged := report["n_unjudged"]:
         are = "has no verdict and is" if unjudged == 1 else "have no verdict and are"
         lines.append(f"{counted(unjudged, 'pair')} {are} left out.")
