@@ -57,7 +57,7 @@ def add_flags(parser: Parser) -> None:
         "--out",
         metavar="DIR",
         type=Path,
-        help="folder of answers and annotations (by default evaluations/ and what is compared)",
+        help="folder of answers and annotations (by default in evaluations/, named by models, prompts and judge)",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write every figure")
     parser.add_argument(
