@@ -59,6 +59,24 @@ def test_a_name_can_be_given_and_all_settings_are_flags(sums: str, capsys: Any):
     assert "3 of 10 questions" in capsys.readouterr().out.replace("\n", " ")
 
 
+@pytest.mark.parametrize("questions", [[], ["sums.jsonl", *FLAGS]])
+def test_the_model_answers_in_the_dtype_that_is_named(
+    questions: list[str], sums: str, monkeypatch: pytest.MonkeyPatch
+):
+    from language_self_play import policy
+
+    loaded, load = [], policy.load_model
+
+    def noting(path: str, dtype: Any, *rest: Any) -> Any:
+        loaded.append(str(dtype))
+        return load(path, dtype, *rest)
+
+    monkeypatch.setattr(policy, "load_model", noting)
+    assert evaluate(*questions) == 0
+    assert evaluate(*questions, "--dtype", "bfloat16") == 0
+    assert loaded == ["torch.float32", "torch.bfloat16"]
+
+
 class Interrupting:
     """Stops like Ctrl-C before its second batch."""
 
@@ -103,7 +121,8 @@ def test_answers_to_other_questions_are_not_taken_over(
     Interrupting(monkeypatch)
     assert evaluate(sums, *FLAGS, "--json", "b.json") == 130
     capsys.readouterr()
-    for changed in (["--seed", "1"], ["--temperature", "0.5"], ["--prompt", "{query}?"]):
+    others = (["--seed", "1"], ["--temperature", "0.5"], ["--prompt", "{query}?"])
+    for changed in (*others, ["--dtype", "bfloat16"]):
         assert evaluate(sums, *FLAGS, *changed, "--json", "b.json") == 2
         assert capsys.readouterr().err == (
             "lsp: b.json.part: holds answers to other questions, of another model or with other"
@@ -155,8 +174,22 @@ BAD = {
     "no number": (["sums.jsonl", "--limit", "x"], "--limit = 'x': must be"),
     "a typing error": (
         ["sums.jsonl", "--limitt", "3"],
-        "--limitt: no such setting; did you mean --limit?",
+        "--limitt: no such flag; did you mean --limit?",
     ),
+    "a typing error in the command's own": (
+        ["sums.jsonl", "--devise", "cpu"],
+        "--devise: no such flag; did you mean --device?",
+    ),
+    "a typing error in an engine's": (
+        ["sums.jsonl", "--vlm.python=x"],
+        "--vlm.python: no such flag; did you mean --vllm.python?",
+    ),
+    "what is no flag": (
+        ["sums.jsonl", "--wherever", "x"],
+        "--wherever: no such flag; --help lists",
+    ),
+    "a flag of training": (["sums.jsonl", "--learner.lr", "1"], "--learner.lr: no such flag; "),
+    "no type": (["sums.jsonl", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     "no value": (["sums.jsonl", "--limit"], "--limit: needs a value"),
     "a seed for the arena": (["--seed", "3"], "--seed: has no effect on the arena's"),
     "a batch for the arena": (["--batch-size=3"], "--batch-size: has no effect on the arena's"),
@@ -170,7 +203,22 @@ BAD = {
     ),
     "no batch": (["sums.jsonl", "--batch-size", "0"], "--batch-size = 0: must be at least 1"),
     "no folder": (["sums.jsonl", "--json", "no/a.json"], "--json no/a.json: there is no folder no"),
+    "a name that is too long": (
+        ["empty.jsonl", "--json", "j" * 252],
+        f"--json {'j' * 252}: can't be written (File name too long)",
+    ),
     "an empty file": (["empty.jsonl"], "empty.jsonl: holds no questions"),
+    "a folder without questions": (
+        ["folder"],
+        "SET = 'folder': can't be read: The directory at {folder} doesn't contain any data files; a folder"
+        " must hold tables of questions: name a file (JSON, JSONL, CSV, Parquet), or a folder of such files",
+    ),
+    "no keys": (
+        ["keyless.jsonl"],
+        "keyless.jsonl:1: has none of answer, test, test_list, solution, its columns are question, solutions;"
+        " a set that measures has a question and the key to its answer in every row, and --answer_column"
+        " names the keys' column",
+    ),
     "a long question": (
         ["long.jsonl"],
         "long.jsonl:1: the question takes ",
@@ -186,6 +234,9 @@ BAD = {
 def test_bad_input_is_one_sentence_and_exit_code_2(what: str, sums: str, capsys: Any):
     arguments, sentence = BAD[what]
     Path("empty.jsonl").write_text("")
+    Path("folder").mkdir()
+    Path("keyless.jsonl").write_text('{"question": "1+1", "solutions": "2"}\n')
+    sentence = sentence.replace("{folder}", str(Path("folder").resolve()))
     Path("long.jsonl").write_text(json.dumps({"question": "1+" * 5000, "answer": "1"}) + "\n")
     assert evaluate(*arguments) == 2
     lines = [x for x in capsys.readouterr().err.splitlines() if "[transformers]" not in x]

@@ -193,6 +193,10 @@ def test_files_of_answers_are_judged_in_both_orders_and_written_for_alpaca_eval(
     assert "4 pairs in both orders: 8 requests to grader" in out
     assert "1 pair of equal answers ties unasked" in out
     assert "Order, of 4 pairs asked:" in out
+    assert figures["n_equal"] == 1
+    assert "1 of the 5 pairs has equal answers." in out
+    low, high = figures["win_rate_ci95"]
+    assert f"Win rate 50.00 % [{low:.2f}, {high:.2f}], a 95 % bootstrap interval over" in out
     assert out.index("8 requests") < out.index("Win rate")
     annotations = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert annotations[0] == {
@@ -235,7 +239,7 @@ def test_a_judge_of_the_first_answer_is_a_draw_with_its_bias_reported(
     mine = answers(tmp_path / "mine.json", list("abcde"))
     theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
     assert main(["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge]) == 0
-    figures = report("evaluations/win-rate-mine-theirs")
+    figures = report("evaluations/win-rate-mine-theirs-prompts-grader")
     assert figures["win_rate"] == 50.0
     assert figures["n_draws"] == 5
     assert figures["strict_win_rate"] == 50.0  # of ten judgements five are for the model
@@ -244,7 +248,7 @@ def test_a_judge_of_the_first_answer_is_a_draw_with_its_bias_reported(
     out = " ".join(capsys.readouterr().out.split())
     assert "the answer shown first is preferred 100.0 %" in out
     # The orders are in the file, and scored to the same figures.
-    folder = tmp_path / "evaluations" / "win-rate-mine-theirs"
+    folder = tmp_path / "evaluations" / "win-rate-mine-theirs-prompts-grader"
     again = ["eval", "alpaca", "--annotations", str(folder / "annotations.json")]
     assert main([*again, "--json", "again.json"]) == 0
     of_file = json.loads((tmp_path / "again.json").read_text())
@@ -371,6 +375,37 @@ def test_figures_go_where_the_shell_leads_them(tmp_path):
     assert done.returncode == 0
     assert '"win_rate": 100.0' in done.stderr
     assert {file.name for file in tmp_path.iterdir()} == {"a.json", "real.json", "link.json"}
+
+
+def test_every_judge_and_every_file_of_prompts_has_a_folder_of_its_own(prompts, tmp_path):
+    (tmp_path / "two_judges.py").write_text(
+        "def longer(q, a): return [len(x) for x in a]\ndef shorter(q, a): return [-len(x) for x in a]\n"
+    )
+    mine = answers(tmp_path / "mine.json", ["a"] * 5)
+    theirs = answers(tmp_path / "theirs.json", ["bb"] * 5)
+    command = ["eval", "win-rate", mine, theirs, "--judge.kind", "python", "--prompts"]
+    for judge in ("longer", "shorter"):
+        assert main([*command, prompts, "--judge.function", f"two_judges:{judge}"]) == 0
+    assert main([*command, mine, "--judge.function", "two_judges:longer"]) == 0
+    found = {p.parent.name: report(p.parent)["win_rate"] for p in tmp_path.rglob("report.json")}
+    assert found == {
+        "win-rate-mine-theirs-prompts-two_judges-longer": 0.0,
+        "win-rate-mine-theirs-prompts-two_judges-shorter": 100.0,
+        "win-rate-mine-theirs-mine-two_judges-longer": 0.0,
+    }
+
+
+@pytest.mark.filterwarnings("always::UserWarning")  # shown as the command shows them
+def test_prompts_that_the_arena_can_not_judge_are_told_first(tmp_path, capsys):
+    queries = ["27+48", "Why?"]
+    mine = answers(tmp_path / "mine.json", ["57", "a"], queries)
+    theirs = answers(tmp_path / "theirs.json", ["1", "b"], queries)
+    command = ["eval", "win-rate", mine, theirs, "--prompts", mine, "--judge.kind", "arena"]
+    assert main(command) == 0
+    assert capsys.readouterr().err.startswith(
+        "lsp: warning: --judge.kind = 'arena': 1 of the 2 prompts is no query of the arena, such as"
+        " 'Why?'; all answers to them are wrong, and tie\n"
+    )
 
 
 # ---------------------------------------------------------------- models that answer
@@ -572,7 +607,8 @@ MISTAKES = {
     "win-rate a.json b.json": "the following arguments are required: --prompts",
     "win-rate a.json b.json --prompts nothere.json": "--prompts nothere.json: no such file",
     "win-rate a.json b.json --prompts empty.json": "--prompts empty.json: the file is empty",
-    "win-rate a.json b.json --prompts folder": "--prompts folder: is a folder; a file is needed",
+    "win-rate a.json b.json --prompts folder": "--prompts folder: is a folder; name a JSON or JSONL file whose rows have a column instruction, prompt, query or question",
+    "win-rate a.json b.json --prompts keys.json": "keys.json, row 1: has no prompt, its columns are key, text; name a JSON or JSONL file whose rows have a column instruction,",
     "win-rate a.json nothere.json --prompts a.json": "BASELINE nothere.json: no such file",
     "win-rate empty.json a.json --prompts a.json": "MODEL empty.json: the file is empty",
     "win-rate ./nothere a.json --prompts a.json": "./nothere: no such folder",
@@ -589,15 +625,22 @@ MISTAKES = {
     "win-rate a.json a.json --prompts a.json --vllm.python": "--vllm.python: needs a value",
     "win-rate a.json a.json --prompts a.json --dtype int8": "argument --dtype: invalid choice",
     "win-rate arena a.json --prompts a.json --judge.kind arena --device abacus": "--device = 'abacus'",
-    "win-rate a.json a.json --prompts a.json --solver.beta 1": "--solver: no such flag",
+    "win-rate a.json a.json --prompts a.json --solver.beta 1": "--solver.beta: no such flag",
     "win-rate a.json a.json --prompts a.json --judge x": "--judge: no such flag",
-    "win-rate a.json a.json --prompts a.json --promts x": "--promts: no such flag",
+    "win-rate a.json a.json --prompts a.json --promts x": "--promts: no such flag; did you mean --prompts?",
+    "win-rate a.json a.json --prompts a.json --batchsize=3": "--batchsize: no such flag; did you mean --batch-size?",
+    "win-rate a.json a.json --prompts a.json --juge.model x": "--juge.model: no such flag; did you mean --judge.model?",
     "win-rate a.json a.json --prompts a.json --json no/where.json": "--json no/where.json: there",
-    "win-rate a.json a.json --prompts a.json --judge.kind arena --out a.json": "--out a.json: can't",
+    "win-rate a.json a.json --prompts a.json --judge.kind arena --out a.json": "--out a.json: a.json is a file; name a folder",
+    "win-rate a.json a.json --prompts broken.json --out a.json/b": "--out a.json/b: ",
+    f"win-rate a.json a.json --prompts broken.json --json {'j' * 252}": f"--json {'j' * 252}: can't be written (File name too long)",
+    f"win-rate a.json a.json --prompts a.json --judge.kind arena --out {'o' * 256}": f"--out {'o' * 256}: can't be written (File name too long)",
+    "win-rate a.json a.json --prompts broken.json --out /proc/o": "--out /proc/o: can't be written (",
+    f"alpaca --annotations broken.json --json {'j' * 252}": f"--json {'j' * 252}: can't be written",
     "alpaca": "MODEL: name the model to measure, or a file of annotations by --annotations",
     "alpaca --annotations nothere.json": "--annotations nothere.json: no such file",
     "alpaca --annotations empty.json": "--annotations empty.json: the file is empty",
-    "alpaca --annotations folder": "--annotations folder: is a folder; a file is needed",
+    "alpaca --annotations folder": "--annotations folder: is a folder; name a JSON or JSONL file whose rows have the columns instruction, output_1,",
     "alpaca --annotations a.json": "a.json, row 1: has no column 'output_1'",
     "alpaca a.json --annotations a.json": "MODEL: is not used with --annotations",
     "alpaca --baseline b --annotations a.json": "--baseline: is not used with --annotations",
@@ -616,6 +659,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(line, tmp_path, monkeypat
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     answers(tmp_path / "a.json", list("abcde"))
     (tmp_path / "empty.json").write_text("")
+    (tmp_path / "keys.json").write_text('[{"key": "a", "text": "b"}]')
     (tmp_path / "folder").mkdir()
     assert refusal(capsys, *line.split()).startswith(MISTAKES[line])
 

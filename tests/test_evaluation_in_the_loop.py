@@ -12,6 +12,7 @@ from rich.console import Console
 
 from language_self_play import Config, self_play
 from language_self_play.cli import main
+from language_self_play.evaluate.intervals import wilson_interval
 from language_self_play.evaluate.outcomes import set_metrics
 from language_self_play.progress import headline
 from language_self_play.run_folder import RunFolder
@@ -169,9 +170,16 @@ def test_plain_lines_compare_with_the_first_record_also_after_a_resume():
 def test_the_summary_shows_each_set_before_and_after(run: RunFolder):
     out = io.StringIO()
     print_summary(run, Console(file=out, width=200))
-    after = list(run.metrics())[-1]["eval/sums/accuracy"]
-    assert f"sums, accuracy in %: 75.0 ± 32.7 before, {100 * after:.1f} ± " in out.getvalue()
-    assert f" after, {100 * (after - 0.75):+.1f}" in out.getvalue()
+    last = list(run.metrics())[-1]
+    asked = [q for q in run.evaluation(4) if q["set"] == "sums"]
+    after, right = last["eval/sums/accuracy"], [q["answers"][0]["right"] for q in asked]
+    low, high = (100 * end for end in wilson_interval(right)[1:])
+    # Wilson's interval of 3 of 4, as `lsp eval accuracy` states it.
+    assert "sums, accuracy in %: 75.0 [30.1, 95.4] at step 0, " in out.getvalue()
+    assert (
+        f", {100 * after:.1f} [{low:.1f}, {high:.1f}] at step 4, {100 * (after - 0.75):+.1f}"
+        in (out.getvalue())
+    )
 
 
 def test_a_set_that_can_not_be_read_stops_the_run_before_weights_load(

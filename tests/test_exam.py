@@ -238,7 +238,7 @@ BAD_ROWS: dict[str, tuple[list[Any], dict[str, Any], str]] = {
     "no key column": (
         [{"question": "a", "key": "b"}],
         {},
-        r"s.jsonl:1: has none of answer, test, .*columns are question, key; "
+        r"s.jsonl:1: has none of answer, test, .*columns are question, key; .*"
         r"eval.accuracy.s.answer_column names",
     ),
     "a missing key": (

@@ -43,16 +43,30 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # lm-eval's own, and those of what it imports
-def test_a_local_task_is_scored_and_its_results_are_written(tasks: str, capsys: Any):
+def test_a_local_task_is_scored_and_its_results_are_written(
+    tasks: str, capfd: Any, caplog: pytest.LogCaptureFixture
+):
     command = ["eval", "harness", "arena", "--tasks", "lsp_sums", "--include-path", tasks]
-    assert main([*command, "--chat", "--json", "h.json"]) == 0
-    out = capsys.readouterr().out
+    assert main([*command, "--chat", "--num-fewshot", "0", "--json", "h.json"]) == 0
+    out, err = capfd.readouterr()
+    # Nothing of how the model was handed over, of the task's defaults, or of git.
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("lm_eval")] == []
+    assert "fatal" not in err
     assert "lsp_sums" in out
     assert "0.7500" in out
     report = json.loads(Path("h.json").read_text())
     # 3 of 4 keys are right.
     assert report["results"]["lsp_sums"]["acc,none"] == 0.75
     assert report["n-samples"]["lsp_sums"]["effective"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_lm_eval_warns_of_a_question_is_shown(tasks: str, caplog: pytest.LogCaptureFixture):
+    with Path(tasks, "data.jsonl").open("a") as file:
+        file.write(json.dumps({"q": "1+" * 5000, "a": 0}) + "\n")
+    assert main(["eval", "harness", "arena", "--tasks", "lsp_sums", "--include-path", tasks]) == 0
+    assert "exceeds model's maximum length" in caplog.text
 
 
 @pytest.mark.slow

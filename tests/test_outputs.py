@@ -136,7 +136,7 @@ def test_what_is_no_file_of_rows_is_named(read, tmp_path):
         ("bytes.json", "--flag {}: not a text file in UTF-8"),
         ("plain.json.gz", "--flag {}: can't be unpacked"),
         ("cut.json.gz", "--flag {}: can't be unpacked"),
-        ("folder", "--flag {}: is a folder; a file is needed"),
+        ("folder", "--flag {}: is a folder; name a JSON or JSONL file whose rows have"),
         ("nothere.json", "--flag {}: no such file"),
         ("nothere.json.gz", "--flag {}: no such file"),
     ):
@@ -153,7 +153,10 @@ def test_instructions_may_have_any_of_four_names_and_keep_their_subset(tmp_path)
     found = read_instructions(write(tmp_path / "i.json", rows), "--prompts")
     assert [(o.instruction, o.dataset) for o in found] == [("a", "koala"), ("b", None), ("c", None)]
     for row, sentence in (
-        ({"text": "a"}, "has no column 'instruction', its columns are text"),
+        (
+            {"text": "a"},
+            "has no prompt, its columns are text; name a JSON or JSONL file whose rows have a column instruction, prompt",
+        ),
         ({"instruction": " "}, "'instruction' is empty"),
         ({"instruction": "a", "dataset": 3}, "column 'dataset' holds 3, which is not a text"),
     ):

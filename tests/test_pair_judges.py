@@ -274,10 +274,55 @@ def length(queries, answers):
     return [float(len(answer)) for answer in answers]
 
 
+def broken(queries, answers):
+    raise ValueError("no good")
+
+
+def one_alone(queries, answers):
+    return [1.0]
+
+
+def by_query(queries, answers):
+    return [1.0] * len(set(queries))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("broken", "raised ValueError: no good ("),
+        (
+            "one_alone",
+            "returned 1 number for 4 answers; it must return one for each, in their order",
+        ),
+        (
+            "by_query",
+            "returned 2 numbers for 4 answers; it must return one for each, in their order",
+        ),
+    ],
+)
+def test_a_function_that_can_not_judge_is_told_by_its_name_before_anything_is_answered(
+    function, reason
+):
+    name = f"{__name__}:{function}"
+    with pytest.raises(RewardError) as caught:
+        build_pair_judge({"kind": "python", "function": name})
+    assert str(caught.value).startswith(f"--judge.function = '{name}': {reason}")
+
+
 def test_the_arena_verifies_its_own_queries():
     judge = build_pair_judge({"kind": "arena"})
     # Units first: 27+48 is 75, written 57.
     assert judge([Pair("27+48", "75", "57")], QUIET) == [Verdict(2.0, 2.0)]
+
+
+def test_the_arenas_judge_says_how_many_prompts_it_can_not_judge():
+    judge = build_pair_judge({"kind": "arena"}, setting="eval.win_rate.mine.judge")
+    assert judge.doubt(["27+48", "reverse kite"]) == ""
+    assert judge.doubt(["27+48", "What is 1+1?", "1-2"]) == (
+        "eval.win_rate.mine.judge.kind = 'arena': 2 of the 3 prompts are no queries of the arena, such"
+        " as 'What is 1+1?'; all answers to them are wrong, and tie"
+    )
+    assert build_pair_judge({"kind": "python", "function": f"{__name__}:length"}).doubt(["?"]) == ""
 
 
 @pytest.mark.parametrize("mode", ["expected", "generate"])
@@ -334,7 +379,8 @@ def test_a_reward_models_higher_score_wins(tokenizer, tmp_path):
     pairs = [Pair("27+48", one, two) for one, two in (("57", "1"), ("abc", "12"), ("7", "7"))]
     judge = build_pair_judge(table, device="cpu")
     verdicts = judge(pairs, QUIET)
-    for pair, verdict in zip(pairs, verdicts, strict=True):
+    # Of equal answers two passes may differ in their last bits, which is no verdict.
+    for pair, verdict in zip(pairs[:2], verdicts[:2], strict=True):
         b, m = alone.score([(pair.instruction, pair.baseline), (pair.instruction, pair.model)])
         assert verdict.preference == (2.0 if m > b else 1.0 if m < b else 1.5)
     assert verdicts[0].preference != 1.5
@@ -348,7 +394,12 @@ def test_a_reward_models_higher_score_wins(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({}, "--judge: no judge is named; "),
+        (
+            {},
+            "--judge: no judge is named; give --judge.base_url and --judge.model of an endpoint,"
+            " --judge.kind reward_model or local and --judge.path, --judge.kind python and"
+            " --judge.function MODULE:FUNCTION, or --judge.kind arena",
+        ),
         ({"kind": "oracle"}, "--judge.kind = 'oracle': is none of judge, local, reward_model"),
         ({"kind": "majority"}, "--judge.kind = 'majority': is none of "),
         ({"model": "m"}, "--judge.base_url: missing"),

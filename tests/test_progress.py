@@ -10,7 +10,10 @@ import pytest
 from rich.console import Console
 
 from language_self_play import progress
+from language_self_play.cli import main
 from language_self_play.config import Config
+from language_self_play.evaluate.pair_report import win_rate_metrics
+from language_self_play.evaluate.win_rate import win_rate_interval
 from language_self_play.progress import (
     LiveBar,
     PlainLines,
@@ -215,7 +218,7 @@ def test_plain_lines_keep_the_last_evaluation_in_sight(clock):
     watcher.step({"step": 0, "reward/mean": 0.5, "eval/sampled_accuracy": 0.25}, [])
     clock.s += 9
     watcher.step({"step": 1, "reward/mean": 0.75}, [])
-    assert out.getvalue().splitlines()[1].endswith("held-out 25.0%  V̄ 0.75")
+    assert out.getvalue().splitlines()[1].endswith("held-out 25.0% (step 0)  V̄ 0.75")
 
 
 def test_plain_lines_show_no_games_if_none_are_wanted(clock):
@@ -299,6 +302,16 @@ def test_the_live_bars_shares_of_time_are_of_its_newest_step():
     last = [line for line in out.getvalue().splitlines() if "a step:" in line][-1]
     assert "learn 50%" in last
     assert "eval" not in last  # 5 s of the step before would be 250 %
+
+
+def test_the_live_bar_says_of_which_step_an_older_evaluation_is():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=200, color_system=None)
+    with LiveBar(steps=10, start=0, every_s=0.0, console=console) as bar:
+        bar.step({"step": 0, "eval/m/win_rate": 0.5, "eval/m/equal_answers": 1.0}, [])
+        bar.step({"step": 1, "eval/m/win_rate": 0.625, "eval/m/equal_answers": 0.0}, [])
+        bar.step({"step": 2}, [])
+    assert "\nm win rate 62.5% (+12.5, step 1)\n" in out.getvalue()
 
 
 def test_the_live_bar_shows_markup_and_emoji_names_as_they_were_written():
@@ -417,6 +430,59 @@ def summary(run: RunFolder, width: int = 120) -> str:
 
 def test_the_summary_compares_the_first_evaluation_with_the_last(finished_run):
     assert numbers(summary(finished_run()), "all")[:3] == ["25.0 ± 2.1", "50.0 ± 2.1", "+25.0"]
+
+
+def pairs(*preferences):
+    """A win rate's records; what ties has equal answers."""
+    return [
+        {
+            "set": "m",
+            "id": f"q{i}",
+            "answer": "same" if preference == 1.5 else "other",
+            "baseline": "same",
+            "tokens": 1,
+            "finish_reason": "stop",
+            "judge": "j",
+            "preference": preference,
+        }
+        for i, preference in enumerate(preferences)
+    ]
+
+
+def test_the_summary_states_a_win_rate_as_lsp_eval_does_and_says_what_was_not_judged(
+    tmp_path, capsys
+):
+    def record(step, *preferences):
+        questions = pairs(*preferences)
+        run.record({"step": step, **win_rate_metrics("m", questions)}, [], questions)
+
+    run = RunFolder(tmp_path / "r")
+    run.create(CONFIG)
+    record(0, *[1.5] * 6)
+    record(4, 2.0, 2.0, 1.0, 1.5, None, 2.0)
+    low, high = win_rate_interval([2.0, 2.0, 1.0, 1.5, 2.0])
+    stated = f"70.0 [{low:.1f}, {high:.1f}]"
+    said = (
+        "m win rate in %: 50.0 [50.0, 50.0] at step 0 (6 of 6 pairs equal, not asked),"
+        f" {stated} at step 4 (1 of 6 pairs equal, not asked; 1 without a verdict), +20.0"
+    )
+    assert f"\n{said}\n" in summary(run, width=400)
+    assert main(["eval", "table", str(run.folder)]) == 0
+    assert stated in capsys.readouterr().out
+    record(6, *[None] * 6)
+    assert f"\n{said}, no verdict at step 6\n" in summary(run, width=400)
+
+
+def test_the_summary_says_of_a_win_rate_that_no_later_step_had_a_verdict(tmp_path):
+    run = RunFolder(tmp_path / "r")
+    run.create(CONFIG)
+    for step, preference in ((0, 1.5), (5, None)):
+        questions = pairs(preference)
+        run.record({"step": step, **win_rate_metrics("m", questions)}, [], questions)
+    assert (
+        "m win rate in %: 50.0 [50.0, 50.0] at step 0 (1 of 1 pair equal, not asked), no verdict"
+        in (summary(run, width=400))
+    )
 
 
 def test_the_three_games_are_the_easiest_the_middle_and_the_hardest_of_the_last_step(finished_run):

@@ -399,12 +399,14 @@ def lengths(queries: list[str], answers: list[str]) -> list[int]:
 
 
 def mine(function: Callable[..., Any]) -> RewardSum:
-    return RewardSum({"mine": (1.0, PythonFunction("mine", function))})
+    return RewardSum({"mine": (1.0, PythonFunction("reward.mine", function))})
 
 
 def test_rewards_are_summed_by_weight_in_the_order_of_the_answers():
-    by_query = PythonFunction("query", lambda queries, answers: [float(len(q)) for q in queries])
-    terms = {"length": (0.5, PythonFunction("length", lengths)), "query": (-1.0, by_query)}
+    by_query = PythonFunction(
+        "reward.query", lambda queries, answers: [float(len(q)) for q in queries]
+    )
+    terms = {"length": (0.5, PythonFunction("reward.length", lengths)), "query": (-1.0, by_query)}
     # Half the answers' lengths 1, 2 and 4, 20, minus the queries' lengths 3 and 12.
     expected = [[0.5 - 3, 1.0 - 3], [2.0 - 12, 10.0 - 12]]
     reward = RewardSum(terms)
@@ -500,8 +502,8 @@ def test_a_module_that_leaves_the_program_is_reported_by_its_reward(
     [
         (raises, "raised KeyError: 'lost'"),
         (raises_late, "raised ZeroDivisionError: late"),
-        (lambda q, a: [1.0], "1 numbers for 4"),
-        (lambda q, a: [1.0] * 5, "5 numbers for 4"),
+        (lambda q, a: [1.0], "1 number for 4 answers; it must return one for each"),
+        (lambda q, a: [1.0] * 5, "5 numbers for 4 answers; "),
         (lambda q, a: ["good", "bad", "bad", "good"], "must return a list of numbers"),
         (lambda q, a: ["1", "0", "0", "1"], "must return a list of numbers"),
         (lambda q, a: "1001", "must return a list of numbers"),

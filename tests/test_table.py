@@ -410,7 +410,11 @@ def bad_files() -> dict[str, tuple[Any, str]]:
         "no text": (b"\xff\xfe", r"a.json: can't be read as JSON"),
         "something else": ({"x": 1}, r"a.json: holds no results question by question"),
         "an empty list": ([], r"a.json: holds no results question by question"),
-        "figures without judgements": ({"win_rate": 50.0}, r"a.json: holds a win rate, not its"),
+        "figures without judgements": (
+            {"win_rate": 50.0},
+            r"a.json: holds a win rate, not its judgements, .* name the folder of answers and annotations"
+            r" that `lsp eval win-rate` or `alpaca` told, or the file that --annotations named there",
+        ),
         "no preference": ([pair], r"a.json, row 1: has no column 'preference'"),
         "a preference of 3": (
             [pair | {"preference": 3}],
@@ -498,12 +502,22 @@ def test_a_score_that_is_not_finite_is_named():
         ("t.pdf", "--write t.pdf: must end in .md, .csv, .png"),
         ("no/t.md", "--write no/t.md: there is no folder no"),
         ("d.md", "--write d.md: is a folder; name a file"),
+        (f"{'t' * 250}.md", f"--write {'t' * 250}.md: can't be written (File name too long)"),
     ],
 )
 def test_a_file_that_can_not_be_written_is_named_before_anything_is_read(file, sentence, capsys):
     Path("d.md").mkdir()
     assert main(["eval", "table", "nowhere", "--write", file]) == 2
     assert capsys.readouterr().err == f"lsp: {sentence}\n"
+
+
+@pytest.mark.parametrize("flag", [["--out", "t.md"], ["--json=t.json"]])
+def test_a_flag_of_other_measures_is_answered_by_the_one_that_writes_a_table(flag, capsys):
+    assert main(["eval", "table", "nowhere", *flag]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said == f"lsp: {flag[0][:6].strip('=')}: no such flag; a table is written by --write FILE\n"
+    )
 
 
 def test_a_picture_without_matplotlib_names_the_extra(monkeypatch: Any, capsys: Any):

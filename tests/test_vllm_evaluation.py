@@ -242,10 +242,22 @@ def test_a_mistake_is_one_sentence_before_anything_loads(
     assert not Path("a.json.part").exists()
 
 
-def test_a_server_that_is_away_is_told_by_the_flag_that_named_it(questions: str, capsys: Any):
-    command = ["eval", "accuracy", "arena", questions, "--engine", "vllm"]
+@pytest.mark.parametrize(
+    "measure",
+    [
+        "accuracy arena empty.jsonl",
+        "win-rate arena own-copy --prompts empty.jsonl --judge.kind arena",
+        "alpaca arena --baseline own-copy --instructions empty.jsonl --judge.kind arena",
+    ],
+)
+def test_a_server_that_is_away_is_told_by_the_flag_that_named_it_before_any_file_is_read(
+    measure: str, capsys: Any
+):
+    Path("empty.jsonl").touch()
+    command = ["eval", *measure.split(), "--engine", "vllm"]
     assert main([*command, "--vllm.server", "http://127.0.0.1:1"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == (
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == (
         "lsp: --vllm.server = 'http://127.0.0.1:1': nothing answers there (Connection refused); start it"
         " by `lsp vllm-serve`, or correct the address (docs/vllm.md)"
     )

@@ -230,7 +230,15 @@ def _rows_of_table(section: Table, setting: str) -> Iterator[tuple[str, Any]]:
             error = error.__cause__  # what `datasets` wraps says what is wrong
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0].rstrip(".") if lines else type(error).__name__
-        raise InputFileError(f"{setting}.path = {path!r}: can't be read: {reason}") from None
+        wanted = ""
+        if Path(path).is_dir():
+            wanted = (
+                "; a folder must hold tables of questions: name a file (JSON, JSONL, CSV, Parquet), or a"
+                " folder of such files"
+            )
+        raise InputFileError(
+            f"{setting}.path = {path!r}: can't be read: {reason}{wanted}"
+        ) from None
     for number, row in enumerate(table, 1):
         yield f"{path}, row {number}", row
 
@@ -301,7 +309,8 @@ def _answer_column(row: Mapping[str, Any], place: str, setting: str) -> str:
     if (name := next((c for c in ANSWER_COLUMNS if c in row), None)) is None:
         raise InputFileError(
             f"{place}: has none of {', '.join(ANSWER_COLUMNS)}, its columns are"
-            f" {', '.join(map(str, row)) or 'none'}; {setting}.answer_column names the keys'"
+            f" {', '.join(map(str, row)) or 'none'}; a set that measures has a question and the key to its"
+            f" answer in every row, and {setting}.answer_column names the keys' column"
         )
     return name
 

@@ -57,6 +57,16 @@ def replace_bytes(file: Path, contents: bytes) -> None:
     sync(file.parent)
 
 
+def check_writable(file: Path) -> None:
+    """Raises OSError where replace_bytes would, but for a disk that is full by then; writes nothing."""
+    if file.exists() and not file.is_file():
+        return
+    file = Path(os.path.realpath(file))
+    beside = file.with_name(f".{file.name}.new")
+    beside.open("wb").close()
+    beside.unlink()
+
+
 def append_text(file: Path, text: str) -> None:
     """Append whole lines to `file`, all or none. Raises OSError.
 

@@ -9,12 +9,14 @@ import re
 import sys
 import textwrap
 import time
+from collections.abc import Mapping
 from typing import IO, Any, Protocol
 
 from language_self_play.config import Config
 from language_self_play.run_folder import Record
 
 MAX_SHOWN = 60
+WIN_RATE = "/win_rate"  # how its metric ends
 ENDING = "all steps are played: the last evaluation, then the model to disk"
 
 
@@ -75,11 +77,13 @@ class PlainLines(Silent):
         self.began = time.monotonic()
         self.shown = float("-inf")
         self.state: Record = {}
+        self.of_step: dict[str, int] = {}  # each number's
         self.is_read = True
         self.first = first or {}
 
     def step(self, record: Record, games: list[Record]) -> None:
         self.state |= record
+        self.of_step |= dict.fromkeys(record, int(record["step"]))
         self.first = self.first or record
         now = time.monotonic()
         finished = record["step"] >= self.steps - 1
@@ -87,7 +91,7 @@ class PlainLines(Silent):
             return
         self.shown = now
         played = min(record["step"] + 1, self.steps)  # the last record is of no step
-        said = [f"step {played}/{self.steps}", headline(self.state, self.first)]
+        said = [f"step {played}/{self.steps}", headline(self.state, self.first, self.of_step)]
         if played < self.steps:
             left = (now - self.began) / (played - self.start) * (self.steps - played)
             said.insert(1, f"{_duration(left)} left")
@@ -123,6 +127,7 @@ class LiveBar(Silent):
         self.every_s = every_s
         self.shown = time.monotonic()
         self.state: Record = {}
+        self.of_step: dict[str, int] = {}  # each number's
         self.newest: Record = {}
         self.is_ending = (
             False  # all steps are played; the last evaluation and the model are to come
@@ -153,7 +158,7 @@ class LiveBar(Silent):
         from rich.console import Group
         from rich.text import Text
 
-        said = [headline(self.state, self.first), time_line(self.newest)]
+        said = [headline(self.state, self.first, self.of_step), time_line(self.newest)]
         if self.is_ending:
             said.append(ENDING)
         lines = [line for text in said for line in in_lines(text, self.console.width)]
@@ -163,6 +168,7 @@ class LiveBar(Silent):
         from rich.text import Text
 
         self.state |= record
+        self.of_step |= dict.fromkeys(record, int(record["step"]))
         self.newest = record  # its parts alone add up to its time
         self.first = self.first or record
         total = int(self.bar.tasks[0].total or 0)
@@ -181,16 +187,20 @@ class LiveBar(Silent):
 # ---------------------------------------------------------------- words
 
 
-def headline(record: Record, first: Record | None = None) -> str:
+def headline(
+    record: Record, first: Record | None = None, steps: Mapping[str, int] | None = None
+) -> str:
     """The numbers that matter: accuracies and win rates, V̄, V_Q, KL of both roles, validity.
 
-    An evaluation stands with its difference to that of the record `first`, in percentage points.
+    An evaluation stands with its difference to that of the record `first`, in percentage points, and with
+    its step where `steps` has an older one than the record's.
     """
     parts = []
     for key, name in evaluations(record).items():
         before = (first or {}).get(key)
-        change = "" if before in (None, record[key]) else f" ({100 * (record[key] - before):+.1f})"
-        parts.append(f"{name} {record[key]:.1%}{change}")
+        notes = [] if before in (None, record[key]) else [f"{100 * (record[key] - before):+.1f}"]
+        notes += _notes(record, key, steps or {})
+        parts.append(f"{name} {record[key]:.1%}" + (f" ({', '.join(notes)})" if notes else ""))
     if "reward/mean" in record:
         parts.append(f"V̄ {record['reward/mean']:.2f}")
     if "quality/mean" in record:
@@ -205,6 +215,22 @@ def headline(record: Record, first: Record | None = None) -> str:
     return "  ".join(parts)
 
 
+def _notes(record: Record, key: str, steps: Mapping[str, int]) -> list[str]:
+    """Which step an evaluation is of, if not the record's; of a win rate the pairs that nobody judged."""
+    step = steps.get(key, record["step"])
+    notes = [] if step == record["step"] else [f"step {step}"]
+    if not key.endswith(WIN_RATE):
+        return notes
+    of_set = key.removesuffix(WIN_RATE)
+    if (newest := steps.get(f"{of_set}/unjudged", step)) != step:
+        return [*notes, f"no verdict at step {newest}"]
+    if equal := record.get(f"{of_set}/equal_answers"):
+        notes.append(f"{equal:.0%} of pairs equal, not asked")
+    if unjudged := record.get(f"{of_set}/unjudged"):
+        notes.append(f"{unjudged:.0%} without a verdict")
+    return notes
+
+
 def evaluations(record: Record) -> dict[str, str]:
     """Metric -> name, of what was evaluated: the arena, question sets, win rates, lm-eval's accuracies."""
     found = {"eval/sampled_accuracy": "held-out"} if "eval/sampled_accuracy" in record else {}
@@ -215,8 +241,8 @@ def evaluations(record: Record) -> dict[str, str]:
                 found[key] = name.removeprefix("harness/").replace("/", " ")
         elif name.endswith("/accuracy"):
             found[key] = name.removesuffix("/accuracy")
-        elif name.endswith("/win_rate"):
-            found[key] = f"{name.removesuffix('/win_rate')} win rate"
+        elif name.endswith(WIN_RATE):
+            found[key] = f"{name.removesuffix(WIN_RATE)} win rate"
     return found
 
 

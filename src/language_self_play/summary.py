@@ -6,8 +6,11 @@ import shlex
 from typing import Any
 
 from language_self_play.arena.tasks import TIERS
-from language_self_play.progress import evaluations, game_pieces, is_judged, is_scored
+from language_self_play.evaluate.outcomes import set_intervals
+from language_self_play.evaluate.win_rate import win_rate_interval
+from language_self_play.progress import WIN_RATE, evaluations, game_pieces, is_judged, is_scored
 from language_self_play.run_folder import Record, RunFolder, command_name
+from language_self_play.wording import counted
 
 
 def print_summary(run: RunFolder, console: Any) -> None:
@@ -18,7 +21,7 @@ def print_summary(run: RunFolder, console: Any) -> None:
     evaluations = [r for r in records if "eval/sampled_accuracy" in r]
     if len(evaluations) >= 2:
         console.print(accuracy_table(evaluations[0], evaluations[-1]))
-    for line in changes_of_sets(records):
+    for line in changes_of_sets(run, records):
         console.print(f"\n{line}", highlight=False, markup=False)
     games = three_games(run, records)
     if games:
@@ -78,19 +81,46 @@ def accuracy_table(before: Record, after: Record) -> Any:
     return table
 
 
-def changes_of_sets(records: list[Record]) -> list[str]:
+def changes_of_sets(run: RunFolder, records: list[Record]) -> list[str]:
     """A line for each set: accuracy or win rate at its first and its last evaluation, and the change."""
     lines = []
     for key, name in evaluations({k: None for record in records for k in record}).items():
-        values = [(r[key], r[f"{key}_ci95"]) for r in records if key in r and f"{key}_ci95" in r]
-        if key != "eval/sampled_accuracy" and len(values) > 1:
-            before, after = (
-                f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in (values[0], values[-1])
-            )
-            change = 100 * (values[-1][0] - values[0][0])
+        measured = [r for r in records if key in r and f"{key}_ci95" in r]
+        if key == "eval/sampled_accuracy" or not measured:
+            continue
+        first, last = measured[0], measured[-1]
+        unjudged = f"{key.removesuffix(WIN_RATE)}/unjudged"
+        in_vain = [r["step"] for r in records if r["step"] > last["step"] and unjudged in r]
+        said = [_stated(run, first, key)]
+        if first is not last:
+            change = 100 * (last[key] - first[key])
+            said += [_stated(run, last, key), f"{change:+.1f}"]
+        said += [f"no verdict at step {in_vain[-1]}"] if in_vain else []
+        if len(said) > 1:
             what = f"{name}, accuracy" if key.endswith("/accuracy") else name
-            lines.append(f"{what} in %: {before} before, {after} after, {change:+.1f}")
+            lines.append(f"{what} in %: {', '.join(said)}")
     return lines
+
+
+def _stated(run: RunFolder, record: Record, key: str) -> str:
+    """An evaluation with its 95 % interval, as `lsp eval` states it; of a win rate what was not judged."""
+    name = key.removeprefix("eval/").rpartition("/")[0]
+    questions = [q for q in run.evaluation(record["step"]) if q.get("set") == name]
+    mean, half = record[key], record[f"{key}_ci95"]
+    low, high = 100 * (mean - half), 100 * (mean + half)  # lm-eval's, and where the file has gone
+    notes = []
+    if questions and key.endswith(WIN_RATE):
+        preferences = [q["preference"] for q in questions if q["preference"] is not None]
+        low, high = win_rate_interval(preferences)
+        equal = sum(q["answer"] == q["baseline"] for q in questions)
+        notes += [f"{equal} of {counted(len(questions), 'pair')} equal, not asked"] if equal else []
+        without = len(questions) - len(preferences)
+        notes += [f"{without} without a verdict"] if without else []
+    elif questions:
+        interval = set_intervals(name, questions, [1])[key]
+        low, high = 100 * interval.low, 100 * interval.high
+    noted = f" ({'; '.join(notes)})" if notes else ""
+    return f"{100 * mean:.1f} [{low:.1f}, {high:.1f}] at step {record['step']}{noted}"
 
 
 def three_games(run: RunFolder, records: list[Record]) -> list[Record]:

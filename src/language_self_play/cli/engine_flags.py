@@ -1,4 +1,4 @@
-"""`--engine` and `--vllm.FIELD`, for evaluations: the settings of [rollout] that say what generates."""
+"""`--dtype`, `--engine` and `--vllm.FIELD`, for evaluations: the settings of [rollout] that say what generates."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ engines: with --engine vllm answers come from vLLM, in a process of its own. --v
 measured."""
 
 SHORT, FULL = "--vllm.", "--rollout.vllm."
+# What its flags begin with, as typed and in full.
+ENGINE_SETTINGS = ("vllm", "rollout")
+DTYPES = ("auto", "float32", "bfloat16")
 # Of [rollout.vllm], what only a run that learns has a use for.
 OF_TRAINING = ("sleep", "max_logprob_difference")
 
 
 def add_engine_flags(parser: Parser) -> None:
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of a model that answers")
     parser.add_argument(
         "--engine",
         choices=("transformers", "vllm"),
@@ -55,7 +59,7 @@ def take_vllm(table: dict[str, Any]) -> dict[str, Any]:
 def engine_settings(options: argparse.Namespace, models: list[str], temperature: float) -> Rollout:
     """[rollout] of an evaluation: the flags over the settings of the first of `models` that is a run.
 
-    With vLLM it is looked for. Raises ConfigError.
+    With vLLM it is looked for, and a server asked. Raises ConfigError.
     """
     from language_self_play.config import VLLM_TEMPERATURES, Config, with_other_engine
     from language_self_play.recipe_files import merge
@@ -89,7 +93,11 @@ def engine_settings(options: argparse.Namespace, models: list[str], temperature:
             " one of those, or --engine transformers"
         )
 
-    if config.rollout.vllm.server is None:
+    if config.rollout.vllm.server is not None:
+        from language_self_play.sampling.vllm_server import ask_server
+
+        ask_server(config.rollout.vllm)  # before anything of the user's is read
+    else:
         from language_self_play.sampling.vllm_python import check_python
 
         check_python(config.rollout.vllm.python, f"{SHORT}python")

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from language_self_play.cli import Parser
 from language_self_play.cli.engine_flags import (
+    ENGINE_SETTINGS,
     ENGINES,
     add_engine_flags,
     engine_settings,
     in_full,
     take_vllm,
 )
-from language_self_play.cli.evaluate import LAST_SEED, as_typed, check_report, write_report
+from language_self_play.cli.evaluate import LAST_SEED, as_typed, check_target, write_report
 from language_self_play.errors import ConfigError, InputFileError, NonFiniteError, renaming
 from language_self_play.wording import counted
 
@@ -31,9 +32,9 @@ DESCRIPTION = """\
 How many questions MODEL answers right, with 95 % intervals.
 
 SET is `arena` (the default): the exact probability of the right answer to each of the arena's held-out
-questions at temperature 1, and whether greedy decoding gives it. Or it is a file of questions with keys,
-or a hub id: GSM8K, MATH, HumanEval and their kin. NAME=FILE names it. Or it is the name of a set in
-MODEL's own [eval.accuracy.NAME].
+questions at temperature 1, and whether greedy decoding gives it, in float32 unless --dtype says otherwise.
+Or it is a file of questions with keys, or a hub id: GSM8K, MATH, HumanEval and their kin. NAME=FILE names
+it. Or it is the name of a set in MODEL's own [eval.accuracy.NAME].
 
 Every setting of [eval.accuracy.NAME] is a flag here (`lsp config eval.accuracy`); --limit is 0, all
 questions, unless given."""
@@ -53,7 +54,7 @@ With --json FILE answers are kept in FILE.part as they come: after Ctrl-C the sa
 FILE_SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".arrow")
 # The setting of a question set, its name and its field.
 QUESTION_SETTING = re.compile(r"\beval\.accuracy(?:\.([\w-]+))?(?:\.(\w+))?(?![\w-])")
-OWN_FLAGS = {"--json", "--device", "--seed", "--batch-size", "--engine"}
+OWN_FLAGS = {"--json", "--device", "--dtype", "--seed", "--batch-size", "--engine"}
 # Questions that are asked, checked and kept together.
 BATCH = 32
 
@@ -77,9 +78,11 @@ def run(arguments: list[str]) -> int:
         parser.parse_args(["--help"])
 
     from language_self_play.cli.overrides import split_overrides
+    from language_self_play.config import QuestionSet
 
+    settings = [*QuestionSet.model_fields, *ENGINE_SETTINGS]
     with as_typed("MODEL"):
-        own, overrides = split_overrides(in_full(arguments), OWN_FLAGS)
+        own, overrides = split_overrides(in_full(arguments), OWN_FLAGS, settings)
     options = parser.parse_args(own)
     options.vllm = take_vllm(overrides)
     for flag, value, least in (("seed", options.seed, 0), ("batch-size", options.batch_size, 1)):
@@ -87,7 +90,7 @@ def run(arguments: list[str]) -> int:
             raise ConfigError(f"--{flag} = {value}: must be at least {least}")
     if options.seed >= LAST_SEED:
         raise ConfigError(f"--seed = {options.seed}: must be below {LAST_SEED}")
-    check_report(options.json)
+    check_target("--json", options.json)
     if options.set == "arena":
         given = {argument.split("=")[0] for argument in own}
         asked = [n for n in ("seed", "batch-size", "engine") if f"--{n}" in given]
@@ -96,13 +99,14 @@ def run(arguments: list[str]) -> int:
                 f"--{unused[0]}: has no effect on the arena's questions, which are asked as"
                 " they are; leave it out, or name a SET"
             )
-        return _arena(options.model, options.device, options.json)
+        return _arena(options)
     return _exam(options, overrides)
 
 
-def _arena(model: str, device: str, json_file: Path | None) -> int:
+def _arena(options: Any) -> int:
     from language_self_play.evaluate.subject import subject
 
+    model = options.model
     section, system_prompt = subject(model)
 
     from dataclasses import asdict
@@ -114,10 +118,13 @@ def _arena(model: str, device: str, json_file: Path | None) -> int:
     from language_self_play.config import Learner
     from language_self_play.evaluate.accuracy import Accuracy, arena_accuracy, evaluation_batches
     from language_self_play.policy import load_chat_model
-    from language_self_play.pretrained import choose_device
+    from language_self_play.pretrained import choose_device, choose_dtype
 
+    # Exact unless asked otherwise: probabilities are what is measured.
+    dtype = "float32" if options.dtype == "auto" else options.dtype
     with as_typed("MODEL"):
-        chat, weights = load_chat_model(section, choose_device(device))
+        device = choose_device(options.device)
+        chat, weights = load_chat_model(section, device, choose_dtype(dtype, device))
     batches = evaluation_batches(Learner().tokens_per_micro_batch)
     accuracy = arena_accuracy(weights, chat, batches, system_prompt)
     if not math.isfinite(accuracy.sampled().mean):
@@ -140,10 +147,11 @@ def _arena(model: str, device: str, json_file: Path | None) -> int:
         table.add_section()
     row("all", "all", accuracy, "bold")
     Console().print(table)
-    if json_file is not None:
+    if options.json is not None:
         questions = [asdict(r) for r in accuracy.results]
         figures = {**accuracy.metrics(), "ci95": ends(accuracy.intervals())}
-        write_report(json_file, {"model": model, "set": "arena", **figures, "questions": questions})
+        report = {"model": model, "set": "arena", **figures, "questions": questions}
+        write_report(options.json, report)
     return 0
 
 
@@ -185,6 +193,7 @@ def _ask(options: Any, overrides: dict[str, Any]) -> int:
             "settings": settings.model_dump(mode="json", exclude_none=True),
             "seed": options.seed,
             "engine": rollout.engine,
+            "dtype": options.dtype,
         }
         identity = {
             **asked,
@@ -200,7 +209,8 @@ def _ask(options: Any, overrides: dict[str, Any]) -> int:
         if kept.records:
             _tell(f"{len(kept.records)} of {total} questions were answered before ({part})")
         if len(kept.records) < total:
-            with generation(section, rollout, device, "auto", options.seed) as (sampler, model):
+            dtype, seed = options.dtype, options.seed
+            with generation(section, rollout, device, dtype, seed) as (sampler, model):
                 while (start := len(kept.records)) < total:
                     sampler.sync(model, start)  # draws are functions of where the batch begins
                     kept.add(exam.ask(sampler, prompts, start, start + BATCH))

@@ -14,10 +14,11 @@ from language_self_play.cli.eval_pairs import (
     OWN_COPY,
     add_flags,
     compare,
+    look_ahead,
     parse,
     show,
 )
-from language_self_play.cli.evaluate import check_report
+from language_self_play.cli.evaluate import check_target
 from language_self_play.errors import ConfigError, InputFileError
 
 DIFFICULTY_FLAG = "--instruction-difficulty"
@@ -66,14 +67,15 @@ def run(arguments: list[str]) -> int:
     )
     add_flags(parser)
     options, judge = parse(parser, arguments)
-    check_report(options.json)
     if options.annotations is not None:
+        check_target("--json", options.json)
         return _score(options, bool(judge), parser)
     if options.model is None:
         raise ConfigError(
             "MODEL: name the model to measure, or a file of annotations by --annotations"
             " (`lsp eval alpaca --help` shows how it is used)"
         )
+    look_ahead(options, options.model, options.baseline)
 
     from language_self_play.evaluate.outputs import (
         HUB_DATASET,
@@ -104,7 +106,15 @@ def run(arguments: list[str]) -> int:
             options.instruction_difficulty, [i.instruction for i in instructions], DIFFICULTY_FLAG
         )
     return compare(
-        options.model, baseline, instructions, options, judge, "alpaca", "--baseline", difficulties
+        options.model,
+        baseline,
+        instructions,
+        options,
+        judge,
+        "alpaca",
+        "--baseline",
+        options.instructions,
+        difficulties,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from language_self_play.cli import Parser
-from language_self_play.cli.evaluate import as_typed, check_report, write_report
+from language_self_play.cli.evaluate import as_typed, check_target, write_report
 from language_self_play.errors import ConfigError, InputFileError
 
 DESCRIPTION = """\
@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write lm-eval's results")
     options = parser.parse_args(arguments)
-    check_report(options.json)
+    check_target("--json", options.json)
     for name, least in (("num_fewshot", 0), ("limit", 1), ("batch_size", 1)):
         value = getattr(options, name)
         if value is not None and value < least:

@@ -7,18 +7,28 @@ import json
 import math
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from language_self_play.cli import Parser
 from language_self_play.cli.engine_flags import (
+    ENGINE_SETTINGS,
     add_engine_flags,
     engine_settings,
     in_full,
     take_vllm,
 )
-from language_self_play.cli.evaluate import LAST_SEED, as_typed, say, write_report, writing
+from language_self_play.cli.evaluate import (
+    LAST_SEED,
+    as_typed,
+    check_folder,
+    check_target,
+    say,
+    write_report,
+    writing,
+)
 from language_self_play.errors import ConfigError
 from language_self_play.wording import counted
 
@@ -27,14 +37,14 @@ if TYPE_CHECKING:
 
 OWN_COPY = "own-copy"
 FILE_SUFFIXES = (".json", ".jsonl", ".gz")
-DTYPES = ("auto", "float32", "bfloat16")
 
 JUDGES = """\
 judges (flags --judge.FIELD, the fields of a [reward.NAME] of the same kind; `lsp config reward`):
   --judge.base_url URL --judge.model NAME        an OpenAI-compatible endpoint, asked in both orders
   --judge.kind reward_model --judge.path MODEL   a reward model
   --judge.kind local --judge.path MODEL          the built-in judge (fields of [self_reward])
-  --judge.kind python --judge.function MODULE:FUNCTION"""
+  --judge.kind python --judge.function MODULE:FUNCTION    yours: (queries, answers) -> a score for each
+  --judge.kind arena                             the right answer to an arena query"""
 
 EXIT_CODES = """\
 exit codes: 0 done, 1 internal error, 2 bad input, 3 a judge's score that is not finite,
@@ -47,7 +57,7 @@ def add_flags(parser: Parser) -> None:
         "--out",
         metavar="DIR",
         type=Path,
-        help="folder of answers and annotations (by default named)",
+        help="folder of answers and annotations (by default in evaluations/, named by models, prompts and judge)",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write every figure")
     parser.add_argument(
@@ -65,7 +75,6 @@ def add_flags(parser: Parser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of answers at a temperature above 0")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the models that answer")
     add_engine_flags(parser)
     parser.add_argument(
         "--dry-run",
@@ -83,7 +92,7 @@ def parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, dic
 
     own = {flag for action in parser._actions for flag in action.option_strings}
     with as_typed("MODEL"):
-        rest, table = split_overrides(in_full(arguments), own)
+        rest, table = split_overrides(in_full(arguments), own, ["judge", *ENGINE_SETTINGS])
     judge, vllm = table.pop("judge", {}), take_vllm(table)
     if table or not isinstance(judge, dict):
         name = next(iter(table), "judge")
@@ -93,7 +102,21 @@ def parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, dic
     return options, judge
 
 
-def check_flags(options: argparse.Namespace) -> None:
+def look_ahead(options: argparse.Namespace, model: str, baseline: str | None) -> None:
+    """Look at what needs no file of the user's and no torch, and set `options.rollout`; ask its server.
+
+    Raises ConfigError, or InputFileError for a place that can't be written.
+    """
+    _check_numbers(options)
+    check_target("--json", options.json)
+    check_folder("--out", options.out)
+    # Without a name the baseline is a file of the hub.
+    sampled = [n for n in (model, baseline) if n is not None and not Path(n).is_file()]
+    with as_typed("MODEL"):
+        options.rollout = engine_settings(options, sampled, options.temperature)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
     """Raises ConfigError for a number that answers can't be drawn with."""
     if not (math.isfinite(options.temperature) and options.temperature >= 0):
         raise ConfigError(f"--temperature {options.temperature:g}: must be 0 (greedy) or more")
@@ -113,18 +136,14 @@ def compare(
     judge_settings: dict[str, Any],
     measure: str,
     baseline_flag: str,
+    prompts: Path | None,
     difficulties: Sequence[float] | None = None,
 ) -> int:
     """Answers of both sides, verdicts, files and figures. Whatever can be wrong is looked at first.
 
-    `options.out` then holds model_outputs.json, reference_outputs.json, annotations.json,
+    `look_ahead` was. `options.out` then holds model_outputs.json, reference_outputs.json, annotations.json,
     leaderboard.csv and report.json.
     """
-    check_flags(options)
-    out = (
-        options.out or Path("evaluations") / f"{measure}-{_file_name(model)}-{_file_name(baseline)}"
-    )
-
     own_copy = baseline == OWN_COPY
     sides = {"MODEL": _side(model, "MODEL", instructions)}
     if not own_copy:
@@ -139,12 +158,14 @@ def compare(
     from language_self_play.evaluate.pair_judges import annotate, build_pair_judge, pairs_to_ask
     from language_self_play.pretrained import choose_device
 
-    sampled = [name for name in (model, baseline) if not Path(name).is_file()]
     with as_typed("MODEL"):
-        options.rollout = engine_settings(options, sampled, options.temperature)
         choose_device(options.device)  # what is no device, is told before anything is loaded
     judge = build_pair_judge(judge_settings, options.device)
+    if doubt := judge.doubt([i.instruction for i in instructions]):
+        warnings.warn(doubt, stacklevel=2)
+    out = options.out or _default_folder(measure, model, baseline, prompts, judge.name)
     try:
+        check_folder("--out", out)
         writing("--out", out, lambda: out.mkdir(parents=True, exist_ok=True))
         with as_typed("MODEL"):
             ours = _outputs(sides["MODEL"], model, instructions, options, out, options.seed)
@@ -235,8 +256,8 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     error = report["lc_standard_error"]
     of_leaderboard = "" if error is None else f", standard error {error:.2f} as AlpacaEval's"
     lines = [
-        f"Win rate {report['win_rate']:.2f} %, 95 % interval {low:.2f} to {high:.2f} (bootstrap over"
-        f" instructions); with ties as losses {report['strict_win_rate']:.2f} %.",
+        f"Win rate {report['win_rate']:.2f} % [{low:.2f}, {high:.2f}], a 95 % bootstrap interval over"
+        f" instructions; with ties as losses {report['strict_win_rate']:.2f} %.",
         f"Length-controlled win rate {report['length_controlled_win_rate']:.2f} %{of_leaderboard} (difficulty by"
         f" {'the table' if by == 'table' else 'the ' + by}); answers have"
         f" {report['avg_length']:.0f} characters, the baseline's {report['avg_length_baseline']:.0f}.",
@@ -248,6 +269,9 @@ def _sentences(report: dict[str, Any]) -> list[str]:
             f" pairs name another winner in the other order, {100 * bias['tied']:.1f} % of judgements are"
             " ties."
         )
+    if equal := report["n_equal"]:
+        has = "has" if equal == 1 else "have"
+        lines.append(f"{equal:,} of the {counted(report['n_total'], 'pair')} {has} equal answers.")
     if unjudged := report["n_unjudged"]:
         are = "has no verdict and is" if unjudged == 1 else "have no verdict and are"
         lines.append(f"{counted(unjudged, 'pair')} {are} left out.")
@@ -332,6 +356,14 @@ def _progress(what: str) -> Any:
         print(f"{what} {done} of {of}", end=end, file=sys.stderr, flush=True)
 
     return tell
+
+
+def _default_folder(
+    measure: str, model: str, baseline: str, prompts: Path | None, judge: str
+) -> Path:
+    """One for each pair of models, file of prompts and judge."""
+    named = [model, baseline, *([str(prompts)] if prompts else []), judge]
+    return Path("evaluations") / "-".join([measure, *map(_file_name, named)])
 
 
 def _file_name(name: str) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from language_self_play.cli import Parser
+from language_self_play.cli.evaluate import check_target
+from language_self_play.errors import ConfigError
 from language_self_play.wording import counted
 
 if TYPE_CHECKING:
@@ -42,12 +44,17 @@ def run(arguments: list[str]) -> int:
         default=[],
         help="also write it: .md, .csv or .png (needs the extra `plot`); may be repeated",
     )
+    for argument in arguments:
+        if (flag := argument.partition("=")[0]) in ("--out", "--json"):
+            raise ConfigError(f"{flag}: no such flag; a table is written by --write FILE")
     options = parser.parse_args(arguments)
 
     from language_self_play.evaluate.table import build_tables
     from language_self_play.evaluate.table_files import check_endings, markdown_of, write_table
 
     check_endings(options.write)
+    for file in options.write:
+        check_target("--write", file)
     tables = build_tables(options.runs)
     if sys.stdout.isatty():
         _print(tables)

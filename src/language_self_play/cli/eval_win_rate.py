@@ -12,9 +12,9 @@ from language_self_play.cli.eval_pairs import (
     OWN_COPY,
     add_flags,
     compare,
+    look_ahead,
     parse,
 )
-from language_self_play.cli.evaluate import check_report
 
 DESCRIPTION = f"""\
 How often the answers of MODEL are preferred to those of BASELINE, instruction by instruction.
@@ -49,11 +49,10 @@ def run(arguments: list[str]) -> int:
     )
     add_flags(parser)
     options, judge = parse(parser, arguments)
-    check_report(options.json)
+    look_ahead(options, options.model, options.baseline)
 
     from language_self_play.evaluate.outputs import read_instructions
 
     instructions = read_instructions(options.prompts, "--prompts")
-    return compare(
-        options.model, options.baseline, instructions, options, judge, "win-rate", "BASELINE"
-    )
+    model, baseline, prompts = options.model, options.baseline, options.prompts
+    return compare(model, baseline, instructions, options, judge, "win-rate", "BASELINE", prompts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import shutil
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from language_self_play.cli import Parser
-from language_self_play.durable import replace_text
+from language_self_play.durable import check_writable, replace_text
 from language_self_play.errors import ConfigError, InputFileError, renaming
 
 # The settings that a measure's own arguments stand for.
@@ -66,12 +67,25 @@ def run(arguments: list[str]) -> int:
     raise ConfigError(f"MEASURE = {arguments[0]!r}: no such measure; {hint}")
 
 
-def check_report(file: Path | None) -> None:
-    """Raises InputFileError before anything is measured if `--json FILE` could not be written."""
-    if file is not None and not file.parent.is_dir():
-        raise InputFileError(f"--json {file}: there is no folder {file.parent}")
-    if file is not None and file.is_dir():
-        raise InputFileError(f"--json {file}: is a folder; name a file")
+def check_target(flag: str, file: Path | None) -> None:
+    """Raises InputFileError before anything is measured if `file`, which `flag` names, can't be written."""
+    if file is None:
+        return
+    if not file.parent.is_dir():
+        raise InputFileError(f"{flag} {file}: there is no folder {file.parent}")
+    writing(flag, file, lambda: check_writable(file))
+    if file.is_dir():
+        raise InputFileError(f"{flag} {file}: is a folder; name a file")
+
+
+def check_folder(flag: str, folder: Path | None) -> None:
+    """The same of a folder that is made when it is needed, with those above it."""
+    if folder is None:
+        return
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    if not there.is_dir():
+        raise InputFileError(f"{flag} {folder}: {there} is a file; name a folder")
+    writing(flag, folder, lambda: check_writable(there / "report.json"))
 
 
 def as_typed(model: str) -> AbstractContextManager[None]:

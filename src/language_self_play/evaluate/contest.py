@@ -45,6 +45,8 @@ class Contest:
             answers = in_order(file, read_outputs(file, f"{self.setting}.baseline ="), everything)
             self.baseline = [a.output for a in chosen(answers, section.limit)]
         self.judge = build_pair_judge(section.judge, device, f"{self.setting}.judge")
+        if doubt := self.judge.doubt([p.instruction for p in self.prompted]):
+            warnings.warn(doubt, stacklevel=2)
 
     def load(self) -> None:
         """Load the judge's weights, if it has some here: what is wrong with them shows before step 0."""

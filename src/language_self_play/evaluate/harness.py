@@ -28,6 +28,21 @@ from language_self_play.pretrained import choose_device, choose_dtype
 
 # Standard errors in half of a 95 % interval.
 Z_95 = NormalDist().inv_cdf(0.975)
+# lm-eval's warnings that are no concern of whoever measures a model, by its logger. All others are shown.
+UNCONCERNING = {
+    # It is given a loaded model, as adapters and shards have to be; what it says is about loading one itself.
+    "lm_eval.models.huggingface": (
+        "`pretrained` model kwarg is not of type `str`",
+        "Passed an already-initialized model through `pretrained`",
+    ),
+    # What a task's file leaves open has a default, which is the usual one.
+    "lm_eval.api.task": (
+        "is defined, but aggregation is not",
+        "is defined, but higher_is_better is not",
+    ),
+    # As --num-fewshot or eval.harness.num_fewshot says.
+    "lm_eval.evaluator": ("Overwriting default num_fewshot",),
+}
 
 
 def run_harness(
@@ -57,7 +72,8 @@ def run_harness(
         "apply_chat_template": chat_template,
         "system_instruction": system_prompt,
     }
-    return _run(model, chat, manager, tasks, batch_size, "--tasks", asked)
+    with _without_what_concerns_nobody():
+        return _run(model, chat, manager, tasks, batch_size, "--tasks", asked)
 
 
 class HarnessTasks:
@@ -193,18 +209,34 @@ def _own_random_numbers() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval without its bars and remarks, which would tear a run's own."""
+def _without_what_concerns_nobody() -> Iterator[None]:
+    """lm-eval without the warnings of UNCONCERNING, and without git's complaint outside a repository."""
     from lm_eval import evaluator
 
-    logger, ask_git = logging.getLogger("lm_eval"), evaluator.get_git_commit_hash
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    # Outside a repository git itself complains, past sys.stderr.
+    def concerns(record: logging.LogRecord) -> bool:
+        return not any(said in record.getMessage() for said in UNCONCERNING[record.name])
+
+    loggers, ask_git = [*map(logging.getLogger, UNCONCERNING)], evaluator.get_git_commit_hash
+    for logger in loggers:
+        logger.addFilter(concerns)
+    # git itself complains, past sys.stderr.
     evaluator.get_git_commit_hash = lambda: None
     try:
-        with redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
         evaluator.get_git_commit_hash = ask_git
+        for logger in loggers:
+            logger.removeFilter(concerns)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval without its bars and remarks, which would tear a run's own."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with _without_what_concerns_nobody(), redirect_stderr(io.StringIO()):
+            yield
+    finally:
         logger.setLevel(level)

@@ -28,6 +28,12 @@ SUBSETS = ("helpful_base", "koala", "oasst", "selfinstruct", "vicuna")
 # What a model that answers a second time is called.
 OWN_COPY = " (own copy)"
 INSTRUCTION_COLUMNS = ("instruction", "prompt", "query", "question")
+# What each kind of file must be, for who named another.
+A_FILE_OF = "name a JSON or JSONL file whose rows have"
+PROMPTS = f"{A_FILE_OF} a column {', '.join(INSTRUCTION_COLUMNS[:-1])} or {INSTRUCTION_COLUMNS[-1]}"
+ANSWERS = f"{A_FILE_OF} the columns instruction and output"
+ANNOTATIONS = f"{A_FILE_OF} the columns instruction, output_1, output_2, generator_1, generator_2 and preference"
+DIFFICULTIES = "name a CSV or JSON file of difficulties"
 
 
 class Output(NamedTuple):
@@ -79,8 +85,10 @@ def read_instructions(path: Path, setting: str) -> list[Output]:
     Its column is the first of `instruction`, `prompt`, `query` and `question` that a row has.
     """
     outputs = []
-    for place, row in _rows(path, setting):
-        column = next((c for c in INSTRUCTION_COLUMNS if c in row), INSTRUCTION_COLUMNS[0])
+    for place, row in _rows(path, setting, PROMPTS):
+        column = next((c for c in INSTRUCTION_COLUMNS if c in row), None)
+        if column is None:
+            raise InputFileError(f"{place}: has no prompt{_columns(row)}; {PROMPTS}")
         instruction = _text(row, column, place)
         if not instruction.strip():
             raise InputFileError(f"{place}: {column!r} is empty")
@@ -95,7 +103,7 @@ def read_outputs(path: Path, setting: str) -> list[Output]:
     Needs the columns `instruction` and `output`; `generator` is the model's name, the file's if absent.
     """
     outputs = []
-    for place, row in _rows(path, setting):
+    for place, row in _rows(path, setting, ANSWERS):
         generator = _text(row, "generator", place) if row.get("generator") else _stem(path)
         instruction, output = _text(row, "instruction", place), _text(row, "output", place)
         outputs.append(Output(instruction, output, generator, _dataset(row, place)))
@@ -131,7 +139,7 @@ def read_annotations(path: Path, setting: str) -> tuple[list[Annotation], list[s
     Raises InputFileError for a missing column, a preference outside 1 … 2, or an instruction twice.
     """
     annotations, unjudged = [], []
-    for place, row in _rows(path, setting):
+    for place, row in _rows(path, setting, ANNOTATIONS):
         texts = [_text(row, c, place) for c in ("instruction", "output_1", "output_2")]
         names = [_text(row, c, place) for c in ("generator_1", "generator_2")]
         if "preference" not in row:
@@ -192,7 +200,7 @@ def read_difficulties(path: Path, instructions: Sequence[str], setting: str) -> 
 
 
 def _difficulty_table(path: Path, setting: str) -> dict[str, float]:
-    text = _contents(path, setting)
+    text = _contents(path, setting, DIFFICULTIES)
     pairs: list[tuple[str, Any, str]] = []  # key, value, where
     if text.lstrip().startswith("{"):
         table = _parsed(text, f"{path}")
@@ -246,9 +254,9 @@ def hub_baseline() -> Path:
         ) from None
 
 
-def _rows(path: Path, setting: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+def _rows(path: Path, setting: str, wanted: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
     """(where it stands, the row) of every row. Raises InputFileError, also for none."""
-    text = _contents(path, setting)
+    text = _contents(path, setting, wanted)
     if not text.strip():
         raise InputFileError(f"{setting} {path}: the file is empty")
     if text.lstrip().startswith("["):
@@ -266,7 +274,9 @@ def _rows(path: Path, setting: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
     return rows
 
 
-def _contents(path: Path, setting: str) -> str:
+def _contents(path: Path, setting: str, wanted: str) -> str:
+    if path.is_dir():
+        raise InputFileError(f"{setting} {path}: is a folder; {wanted}")
     if path.suffix != ".gz":
         try:
             return read_text(path).removeprefix("\ufeff")
@@ -277,8 +287,6 @@ def _contents(path: Path, setting: str) -> str:
             return stream.read()
     except FileNotFoundError:
         raise InputFileError(f"{setting} {path}: no such file") from None
-    except IsADirectoryError:
-        raise InputFileError(f"{setting} {path}: is a folder; a file is needed") from None
     except (OSError, EOFError, ValueError) as error:
         raise InputFileError(f"{setting} {path}: can't be unpacked ({error})") from None
 

@@ -31,6 +31,7 @@ from language_self_play.prompts import fill
 from language_self_play.recipe_files import read_text
 from language_self_play.rewards import RewardSum, build_reward
 from language_self_play.rewards import judge as endpoint
+from language_self_play.rewards.arena import is_query
 from language_self_play.rewards.self_reward import JudgeQuestions, QualityJudge
 from language_self_play.sampling.transformers import TransformersSampler
 from language_self_play.wording import counted
@@ -121,6 +122,9 @@ class PairJudge(Protocol):
     def bound(self, instructions: Sequence[str], answer_tokens: int) -> Bound:
         """What judging a pair of each instruction would take at most, whatever is in a cache."""
 
+    def doubt(self, instructions: Sequence[str]) -> str:
+        """One sentence if it can't tell answers to some of the instructions apart, else nothing."""
+
     def plan(self, pairs: Sequence[Pair]) -> str:
         """One sentence: what judging these pairs would take."""
 
@@ -160,6 +164,9 @@ class EndpointJudge:
             + written * section.usd_per_million_output_tokens
         ) / 1e6
         return Bound(2 * len(asked), read, written, usd)
+
+    def doubt(self, instructions: Sequence[str]) -> str:
+        return ""
 
     def prompts(self, pair: Pair) -> tuple[str, str]:
         """The questions with the baseline's answer first, and with the model's."""
@@ -248,12 +255,14 @@ class ScoringJudge:
         score: Callable[[Sequence[Pair]], list[tuple[float, float]]],
         load: Callable[[], None],
         close: Callable[[], None] = lambda: None,
+        doubt: Callable[[Sequence[str]], str] = lambda instructions: "",
     ):
         self.name = name
         self.spent: dict[str, float] = {}
         self._score = score
         self._load = load
         self._close = close
+        self.doubt = doubt
         self._loaded = False
 
     def load(self) -> None:
@@ -366,7 +375,8 @@ def build_pair_judge(
     if not settings:
         raise ConfigError(
             f"{setting}: no judge is named; give {setting}.base_url and {setting}.model of an endpoint,"
-            f" or {setting}.kind reward_model or local and {setting}.path"
+            f" {setting}.kind reward_model or local and {setting}.path, {setting}.kind python and"
+            f" {setting}.function MODULE:FUNCTION, or {setting}.kind arena"
         )
     if "weight" in settings:
         raise ConfigError(f"{setting}.weight: a verdict on a pair has none; leave it out")
@@ -379,7 +389,7 @@ def build_pair_judge(
         if isinstance(section, JudgeReward):
             return _endpoint_judge(section, config, setting)
         name = settings.get("path") or settings.get("function") or kind
-        return _reward_judge(build_reward(config), str(name), device, setting)
+        return _reward_judge(build_reward(config), kind, str(name), device, setting)
 
 
 def _endpoint_judge(section: JudgeReward, config: Config, setting: str) -> EndpointJudge:
@@ -399,7 +409,9 @@ def _endpoint_judge(section: JudgeReward, config: Config, setting: str) -> Endpo
     return EndpointJudge(endpoint.build("judge", of_pairs, config), template, setting)
 
 
-def _reward_judge(reward: RewardSum, name: str, device: str, setting: str) -> ScoringJudge:
+def _reward_judge(
+    reward: RewardSum, kind: str, name: str, device: str, setting: str
+) -> ScoringJudge:
     def load() -> None:
         with named_as(setting):
             reward.load(choose_device(device))
@@ -409,6 +421,18 @@ def _reward_judge(reward: RewardSum, name: str, device: str, setting: str) -> Sc
             answers = [[pair.baseline, pair.model] for pair in pairs]
             return [(b, m) for b, m in reward([p.instruction for p in pairs], answers).tolist()]
 
+    def doubt(instructions: Sequence[str]) -> str:
+        strange = [text for text in instructions if not is_query(text)]
+        if not strange:
+            return ""
+        are = "is no query" if len(strange) == 1 else "are no queries"
+        return (
+            f"{setting}.kind = 'arena': {len(strange)} of the {counted(len(instructions), 'prompt')}"
+            f" {are} of the arena, such as {strange[0][:60]!r}; all answers to them are wrong, and tie"
+        )
+
+    if kind == "arena":
+        return ScoringJudge(name, score, load, reward.close, doubt)
     return ScoringJudge(name, score, load, reward.close)
 
 

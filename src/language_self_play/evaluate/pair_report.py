@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from language_self_play.evaluate.intervals import mean_interval
 from language_self_play.evaluate.length_control import length_controlled_win_rate
 from language_self_play.evaluate.outcomes import Record
 from language_self_play.evaluate.outputs import Annotation
@@ -55,6 +54,7 @@ def pair_report(
             else "length of the baseline's answer",
         },
         "n_unjudged": unjudged,
+        "n_equal": sum(a.output_1 == a.output_2 for a in annotations),
         "avg_length": sum(model_lengths) / len(model_lengths),
         "avg_length_baseline": sum(baseline_lengths) / len(baseline_lengths),
         "repeated_answer": repeated_answer([a.output_2 for a in annotations]),
@@ -110,9 +110,10 @@ def win_rate_metrics(name: str, questions: Sequence[Record]) -> Record:
         if "dataset" in q:
             groups.setdefault(f"/{q['dataset']}", []).append(q)
     for group, some in groups.items():
-        interval = mean_interval([q["preference"] - 1 for q in some])
-        metrics[f"eval/{name}/win_rate{group}"] = interval.mean
-        metrics[f"eval/{name}/win_rate_ci95{group}"] = interval.half_width
+        preferences = [q["preference"] for q in some]
+        low, high = win_rate_interval(preferences)
+        metrics[f"eval/{name}/win_rate{group}"] = win_rate(preferences).win_rate / 100
+        metrics[f"eval/{name}/win_rate_ci95{group}"] = (high - low) / 200
     wins = [sum(p > TIE for p in orders) / len(orders) for orders in map(_in_either_order, judged)]
     metrics[f"eval/{name}/strict_win_rate"] = math.fsum(wins) / len(wins)
     controlled = length_controlled_win_rate(

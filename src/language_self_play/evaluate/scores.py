@@ -64,7 +64,9 @@ def read_measured(argument: str) -> tuple[Measured, Measured | None]:
         label, named = "", argument
     path = Path(named)
     if not path.exists():
-        raise InputFileError(f"{named}: no such run or file of results")
+        raise InputFileError(
+            f"{named}: no such run or file of results (a table is written by --write FILE)"
+        )
     if path.is_dir() and not (path / "annotations.json").is_file():
         return _read_run(label, path)
     # The folder is one that `lsp eval alpaca` or `win-rate` left, whose verdicts lie in it.
@@ -178,7 +180,10 @@ def _read_file(path: Path) -> dict[str, Scores]:
     if isinstance(found, Mapping) and "win_rate" in found:
         beside = path.with_name("annotations.json")
         where = (
-            beside if beside.is_file() else "annotations.json in the folder --out of that command"
+            beside
+            if beside.is_file()
+            else "the folder of answers and annotations that `lsp eval win-rate` or `alpaca` told,"
+            " or the file that --annotations named there"
         )
         raise InputFileError(
             f"{path}: holds a win rate, not its judgements, and without them there is no paired test;"

@@ -23,6 +23,15 @@ def build(name: str, section: ArenaReward, config: Config) -> ArenaVerifier:
     return ArenaVerifier()
 
 
+def is_query(text: str) -> bool:
+    """Whether some answer to it is right."""
+    try:
+        parse(text)
+    except Unsolvable:
+        return False
+    return True
+
+
 def _is_right(query: str, answer: str) -> bool:
     try:
         return parse(query).answer == answer

@@ -14,6 +14,7 @@ from language_self_play.config import Config, PythonReward
 from language_self_play.errors import RewardError
 from language_self_play.rewards import Reward, checked, shown
 from language_self_play.signals import Abandoned
+from language_self_play.wording import counted
 
 # Ctrl-C, and a step that is given up: whatever else ends a function, sys.exit too, is the function's.
 RUNS_OWN = (KeyboardInterrupt, Abandoned)
@@ -22,8 +23,9 @@ RUNS_OWN = (KeyboardInterrupt, Abandoned)
 class PythonFunction(Reward):
     """Calls the function with flat lists, one (query, answer) pair after the other."""
 
-    def __init__(self, name: str, function: Callable[..., Any]):
-        self.name = name
+    def __init__(self, setting: str, function: Callable[..., Any]):
+        """`setting` is what errors name, such as `reward.main.function = 'module:function'`."""
+        self.setting = setting
         self.function = function
         self.takes_keys = _takes_keys(function)
 
@@ -44,17 +46,17 @@ class PythonFunction(Reward):
             # A reward is the user's code; whatever it raises is reported under its name.
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(
-                f"reward.{self.name}: raised {type(error).__name__}: {error}"
+                f"{self.setting}: raised {type(error).__name__}: {error}"
                 f" ({where.filename}:{where.lineno})"
             ) from error
         if not isinstance(returned, Iterable) or any(isinstance(v, str) for v in values):
             raise RewardError(
-                f"reward.{self.name}: returned {shown(returned)}; it must return a list of numbers"
+                f"{self.setting}: returned {shown(returned)}; it must return a list of numbers"
             )
         if len(values) != len(flat_answers):
             raise RewardError(
-                f"reward.{self.name}: returned {len(values)} numbers for {len(flat_answers)}"
-                " (query, answer) pairs"
+                f"{self.setting}: returned {counted(len(values), 'number')} for"
+                f" {counted(len(flat_answers), 'answer')}; it must return one for each, in their order"
             )
         rows = iter(values)
         return [[next(rows) for _ in group] for group in answers]
@@ -62,9 +64,11 @@ class PythonFunction(Reward):
 
 def build(name: str, section: PythonReward, config: Config) -> PythonFunction:
     """Import the function, also from the current folder, and call it once. Raises RewardError."""
-    reward = PythonFunction(name, load_function(name, section.function))
-    trial = ["a query"], [["an answer"]]
-    checked(name, reward(*trial, [None]), *trial)  # what is wrong with it shows now
+    function = load_function(name, section.function)
+    reward = PythonFunction(f"reward.{name}.function = {section.function!r}", function)
+    # Two of each: what is wrong with it shows now, also a list of a fixed length.
+    trial = ["a query", "another"], [["an answer", "a second"], ["a third", "a fourth"]]
+    checked(name, reward(*trial, [None, None]), *trial)
     return reward
 
 

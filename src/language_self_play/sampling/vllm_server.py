@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
-from language_self_play.config import Policy, Rollout
+from language_self_play.config import Policy, Rollout, Vllm
 from language_self_play.errors import ConfigError
 
 CONNECTS_WITHIN_S = 10.0
@@ -369,17 +369,12 @@ def about(address: str, key: str) -> dict[str, Any]:
     return table
 
 
-def check_server(config: Settings, dtype: str | None, model: dict[str, Any], context: int) -> None:
-    """Raises ConfigError unless the server of rollout.vllm.server can play this run.
-
-    `dtype` is None where any will do; `model` is the policy's configuration as transformers has it,
-    `context` its longest text.
-    """
-    settings = config.rollout.vllm
+def ask_server(settings: Vllm) -> dict[str, Any]:
+    """What the server of [rollout.vllm] says of itself. Raises ConfigError where there is none."""
     assert settings.server is not None
     name = f"rollout.vllm.server = {settings.server!r}"
     try:
-        found = about(settings.server, key_in(settings.api_key_env))
+        return about(settings.server, key_in(settings.api_key_env))
     except ServerAway as error:
         raise ConfigError(
             f"{name}: {error}; start it by `lsp vllm-serve`, or correct the address (docs/vllm.md)"
@@ -389,6 +384,17 @@ def check_server(config: Settings, dtype: str | None, model: dict[str, Any], con
         if "key" in str(error):
             hint = f"; {settings.api_key_env} in the environment must hold the server's"
         raise ConfigError(f"{name}: {error}{hint} (docs/vllm.md)") from None
+
+
+def check_server(config: Settings, dtype: str | None, model: dict[str, Any], context: int) -> None:
+    """Raises ConfigError unless the server of rollout.vllm.server can play this run.
+
+    `dtype` is None where any will do; `model` is the policy's configuration as transformers has it,
+    `context` its longest text.
+    """
+    settings = config.rollout.vllm
+    name = f"rollout.vllm.server = {settings.server!r}"
+    found = ask_server(settings)
     text = model.get("text_config") or model
     for field, value in found["shape"].items():
         if text.get(field) is not None and text[field] != value:
