@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from language_self_play import Config, game, self_play
+from language_self_play.arena.tiny_model import build_config, build_tokenizer
 from language_self_play.cli import main
 from language_self_play.distributed import (
     Place,
@@ -76,6 +78,7 @@ NARROW = {"challenger": {"num_queries": 2}, "solver": {"group_size": 2}}
 FSDP = {"distributed": {"parallel": "fsdp"}}
 OFFLOAD = {"distributed": {"cpu_offload": True}}
 LORA = {"policy": {"lora": {"rank": 4, "alpha": 8.0}}}
+KL_IN_REWARD = {"learner": {"kl": "reward"}}
 BFLOAT16 = {"dtype": "bfloat16", "steps": 1}
 
 # Of the second rank's draws, and of its passes without and with gradient, those where memory runs out. A
@@ -91,11 +94,14 @@ PLAYED: dict[int, list[tuple[dict, ...]]] = {
         *((), (VARIANT,), (FSDP,), (FSDP, VARIANT), (FSDP, OFFLOAD)),
         *((FSDP, LORA), (FSDP, LORA, VARIANT)),
     ],
-    4: [(), (NARROW,), (FSDP, NARROW), (FSDP, LORA, NARROW)],
+    4: [
+        *((), (NARROW,)),
+        *((FSDP, NARROW), (FSDP, NARROW, KL_IN_REWARD), (FSDP, LORA, NARROW)),
+    ],
 }
 RUNS_OUT: list[tuple[dict, ...]] = [
-    *((), ({"learner": {"kl": "reward"}},)),
-    *((FSDP,), (FSDP, {"learner": {"kl": "reward"}}), (FSDP, LORA)),
+    *((), (KL_IN_REWARD,)),
+    *((FSDP,), (FSDP, KL_IN_REWARD), (FSDP, LORA)),
 ]
 
 PLAYS = """
@@ -155,6 +161,16 @@ with join_ranks(60.0) as ranks:
         Path(f"{run}.seen-{ranks.rank}").write_text(json.dumps(seen))
 """
 
+# GRPO, for which a model needs to have learned nothing.
+OF_LENGTH = {
+    "algorithm": "grpo",
+    "reward": {"main": {"kind": "python", "function": "length_reward:reward"}},
+}
+LENGTH_REWARD = """
+def reward(queries, answers):
+    return [float(len(answer)) for answer in answers]
+"""
+
 SLOW_REWARD = """
 import time
 def reward(queries, answers):
@@ -167,11 +183,30 @@ def reward(queries, answers):
 def folder(tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("ranks")
     (made / "slow_reward.py").write_text(SLOW_REWARD)
+    (made / "length_reward.py").write_text(LENGTH_REWARD)
+    sys.path.insert(0, str(made))
     (made / "plays.py").write_text(PLAYS)
     # Sums as the arena writes them, units first.
     sums = [{"question": f"{a}+{b}", "answer": f"{a + b}"[::-1]} for a in (1, 7, 9) for b in (2, 5)]
     (made / "sums.jsonl").write_text("".join(json.dumps(s) + "\n" for s in sums[:5]))
+    tokenizer = build_tokenizer()
+    config = build_config(tokenizer)
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(made / "tied-model")
+    tokenizer.save_pretrained(made / "tied-model")
     return made
+
+
+def tied(folder: Path) -> dict:
+    """GRPO of a model whose first and last layer are one tensor."""
+    return merge(
+        OF_LENGTH,
+        {
+            "policy": {"path": str(folder / "tied-model")},
+            "data": {"path": str(folder / "sums.jsonl")},
+        },
+    )
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -243,6 +278,8 @@ def together(folder) -> Callable[[int, str], RunFolder]:
                 games += [
                     (table_of(folder, FSDP), str(folder / "out-in-a-layer"), IN_A_LAYER),
                     (table_of(folder, FSDP, BFLOAT16), str(folder / "bfloat16"), {}),
+                    (table_of(folder, FSDP, tied(folder)), str(folder / "tied"), {}),
+                    (table_of(folder, FSDP, LORA, tied(folder)), str(folder / "tied-lora"), {}),
                 ]
                 for kind, other in (("bfloat16", BFLOAT16 | {"steps": 4}), ("lora", LORA)):
                     table, first = table_of(folder, FSDP, other), str(folder / f"{kind}-first")
@@ -348,6 +385,26 @@ def test_many_ranks_play_and_learn_what_one_does(alone, together, ranks, tables)
         checkpoint = many.checkpoints()[0]
         assert {p.name for p in checkpoint.iterdir() if p.is_dir()} == {"adapter"}
         assert set(adapter(checkpoint / "adapter")) == set(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "adapted"), [("tied", ()), ("tied-lora", (LORA,))])
+def test_tied_weights_stay_one_in_shards(folder, alone, together, name, adapted):
+    one, many = alone(tied(folder), *adapted), together(2, name)
+    assert_same_play(one, many)
+    first, head = "model.embed_tokens.weight", "lm_head.weight"
+    assert head not in weights(many)
+    begun = load_file(folder / "tied-model" / "model.safetensors")
+    assert torch.equal(weights(many)[first], begun[first]) == bool(adapted)
+    places = [many.model_folder]
+    if not adapted:
+        # As one tensor it has one set of moments, and both of its uses are in its gradient.
+        assert not any(head in name for name in shards_of(many.checkpoints()[-1]).names(""))
+        places.append(many.checkpoints()[-1] / "shards")
+    for place in places:
+        found = load_model(str(place), torch.float32, torch.device("cpu"))
+        assert found.lm_head.weight is found.model.embed_tokens.weight
+        assert torch.equal(found.lm_head.weight, weights(many)[first])
 
 
 @pytest.mark.slow
@@ -511,7 +568,6 @@ def slow_game(folder: Path, name: str, **tables) -> tuple[Path, Path]:
     table = merge(GAME, {"steps": 8, "reward": {"main": {}}, **tables})
     table["reward"] = {"main": {"kind": "python", "function": "slow_reward:reward"}}
     recipe = folder / f"{name}.toml"
-    sys.path.insert(0, str(folder))
     recipe.write_text(Config.from_table(table).to_toml())
     return recipe, folder / name
 
