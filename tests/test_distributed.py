@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +24,7 @@ from transformers import LlamaForCausalLM
 
 from language_self_play import Config, game, self_play
 from language_self_play.arena.tiny_model import build_config, build_tokenizer
+from language_self_play.checkpoint import _write_shards, load_checkpoint
 from language_self_play.cli import main
 from language_self_play.distributed import (
     Place,
@@ -34,10 +37,17 @@ from language_self_play.distributed import (
     refuse_other_settings,
     threads_of_rank,
 )
-from language_self_play.errors import ConfigError, InputFileError, NonFiniteError, RunFolderError
-from language_self_play.learner import Learner, StepResult
+from language_self_play.errors import (
+    ConfigError,
+    InputFileError,
+    MemoryLimitError,
+    NonFiniteError,
+    RunFolderError,
+)
+from language_self_play.learner import Learner, StepResult, Term
+from language_self_play.optimizer import Optimizer
 from language_self_play.packing import first_kept, kept_completions, share_of_tokens
-from language_self_play.policy import Policy
+from language_self_play.policy import Policy, load_policy
 from language_self_play.pretrained import load_model
 from language_self_play.recipe_files import merge
 from language_self_play.run_folder import RunFolder
@@ -462,6 +472,28 @@ def test_an_adapter_of_two_sharded_ranks_is_gone_on_from_by_one_process(folder, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_ranks_that_replicate_go_on_from_shards_with_the_whole(folder, together, number):
+    class OneOfTwo(Ranks):
+        """What the first rank finds, it finds too."""
+
+        def once(self, function, *args, **kwargs):
+            return function(*args, **kwargs)
+
+    run = together(2, name_of(2, (FSDP,)))
+    config = Config.from_table(table_of(folder))
+    policy = load_policy(config, torch.device("cpu"))
+    optimizer = Optimizer(policy.model, config.learner)
+    newest = run.checkpoints()[-1]
+    assert load_checkpoint(run, policy, optimizer, OneOfTwo(Place(number, 2, number, 2))) == 4
+    shards = shards_of(newest)
+    moments = optimizer.state()
+    for name, weight in policy.model.named_parameters():
+        assert torch.equal(weight, shards.read(f"{name}:weight")), name
+        assert torch.equal(moments[f"{name}:exp_avg"], shards.read(f"{name}:exp_avg")), name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tables", [(NARROW,), (FSDP, NARROW)], ids=["replicate", "fsdp"])
 def test_each_token_counts_once_also_where_ranks_have_nothing_to_learn(together, tables):
     run = together(4, name_of(4, tables))
@@ -573,8 +605,13 @@ def slow_game(folder: Path, name: str, **tables) -> tuple[Path, Path]:
 
 
 def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
-    file, end = run / "metrics.jsonl", time.monotonic() + 120
-    while not file.is_file() or file.read_text().count("\n") < count:
+    file = run / "metrics.jsonl"
+    wait_for(lambda: file.is_file() and file.read_text().count("\n") >= count, process)
+
+
+def wait_for(happened: Callable[[], object], process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not happened():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -624,10 +661,12 @@ def test_a_killed_rank_takes_the_others_down_and_a_resume_is_exact(folder, undis
 
 
 @pytest.mark.slow
-def test_sigterm_at_any_rank_pauses_all_and_another_number_of_ranks_goes_on(folder, undisturbed):
-    recipe, run = slow_game(folder, "paused")
+def test_signals_to_any_rank_are_to_all_and_another_number_of_ranks_goes_on(folder, undisturbed):
+    recipe, run = slow_game(folder, "paused", checkpoint={"every": 100})
     process = lsp(folder, 2, "train", recipe, "--run", run)
-    wait_for_steps(run, 2, process)
+    wait_for_steps(run, 1, process)
+    os.kill(rank_process(process, 1), signal.SIGUSR1)
+    wait_for(lambda: list((run / "checkpoints").glob("step-*")), process)
     os.kill(rank_process(process, 1), signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert len(re.findall(r"paused, \d of 8 steps played; go on with", said)) == 1
@@ -844,6 +883,47 @@ def test_what_tokens_say_is_summed_over_ranks_before_it_is_a_mean(tiny_llama, en
     result = learner._summed(own)
     assert result.logprob_difference == pytest.approx(0.1)  # (0.3 + 0.7) / (4 + 6)
     assert result.capped_fraction == pytest.approx(0.5)  # (1 + 4) / 10
+
+
+def test_what_is_not_finite_on_another_rank_is_found_on_all(tiny_llama, endless_chat):
+    class WithOther(Ranks):
+        """Another rank's loss is NaN."""
+
+        def sums(self, numbers):
+            return [math.nan, *numbers[1:]]
+
+    learner = Learner(Policy(tiny_llama, endless_chat), Config.from_table(GAME), WithOther())
+    played = [Group([1, 2], [completion(2), completion(3)]) for _ in range(2)]
+    solved = Groups("solver", played, 1.0, torch.zeros(2, 2))
+    assert learner._places_not_finite([Term(solved, 1.0, 0.0)]) == [("solver", 0), ("solver", 1)]
+
+
+def test_no_update_is_made_where_another_rank_has_no_room_for_it(tiny_llama, endless_chat):
+    learner = Learner(Policy(tiny_llama, endless_chat), Config.from_table(GAME), AnyOther())
+    with pytest.raises(MemoryLimitError, match="no memory left to compute an update") as raised:
+        learner._check_room()
+    assert raised.value.agreed
+
+
+def test_a_rank_s_shard_that_finds_no_room_is_told_by_all(tiny_llama, endless_chat, tmp_path):
+    run, policy = RunFolder(tmp_path), Policy(tiny_llama, endless_chat)
+    run.checkpoints_folder.mkdir()
+    optimizer = Optimizer(tiny_llama, Config.from_table(GAME).learner)
+    with pytest.raises(RunFolderError, match="No space left") as raised:
+        _write_shards(run.checkpoints_folder / ".shards-1", run, policy, optimizer, AnyOther())
+    assert raised.value.errno == errno.ENOSPC
+    assert raised.value.agreed
+    assert not list(run.checkpoints_folder.iterdir())
+
+
+class AnyOther(Ranks):
+    """Another rank has whatever is asked for, and no room on its disk."""
+
+    def any(self, *flags):
+        return [True for _ in flags]
+
+    def most(self, number):
+        return errno.ENOSPC
 
 
 @pytest.mark.parametrize(
