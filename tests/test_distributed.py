@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -34,6 +35,7 @@ from language_self_play.distributed import (
     _told,
     _unpacked,
     device_of_rank,
+    join_ranks,
     refuse_other_settings,
     threads_of_rank,
 )
@@ -924,6 +926,25 @@ class AnyOther(Ranks):
 
     def most(self, number):
         return errno.ENOSPC
+
+
+def test_ranks_that_end_by_what_all_raise_end_after_the_first(monkeypatch):
+    # A launcher kills the others when one ends, and the first may still be writing.
+    waited = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(Ranks, "outlive_first", lambda ranks: waited.append((ranks.rank, agreed)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        monkeypatch.setenv("LOCAL_RANK", number)
+        for agreed in (True, False):
+            error = ConfigError("it is wrong")
+            error.agreed = agreed
+            with pytest.raises(ConfigError), join_ranks(1.0) as ranks:
+                raise error
+            assert ranks.apart == (not agreed)
+    assert waited == [(1, True)]
 
 
 @pytest.mark.parametrize(

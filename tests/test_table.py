@@ -339,6 +339,7 @@ def test_the_base_is_version_0_of_the_first_run_that_began_with_no_other(runs: A
     sampled = tables[0]
     assert [row.label for row in sampled.rows] == ["base", "GRPO then LSP-Zero", "GRPO", "LSP-Zero"]
     assert sampled.groups == ["easy", "medium", "hard", ALL]
+    assert sampled.rows[0].source == f"{runs['grpo'].folder}, step 0"
     first = next(runs["grpo"].metrics())
     base = sampled.rows[0].cells
     for group, suffix in (("easy", "/easy"), ("hard", "/hard"), (ALL, "")):
@@ -350,6 +351,13 @@ def test_the_base_is_version_0_of_the_first_run_that_began_with_no_other(runs: A
     assert row.difference == pytest.approx(change)
     # The normal interval of 900 questions.
     assert row.high - row.mean == pytest.approx(last["eval/sampled_accuracy_ci95"], rel=0.1)
+
+
+def test_a_base_that_is_named_is_the_base_wherever_it_stands(runs: Any):
+    grpo, zero = (str(runs[name].folder) for name in ("grpo", "zero"))
+    for arguments in ([f"base={zero}", grpo], [grpo, f"base={zero}"]):
+        base, row = build_tables(arguments)[0].rows
+        assert (base.label, base.source, row.label) == ("base", zero, "GRPO")
 
 
 def test_the_table_is_written_as_markdown_csv_and_picture(runs: Any, capsys: Any):
