@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from language_self_play import Config, game, self_play
+from language_self_play import Config, game, self_play, sharding
 from language_self_play.arena.tiny_model import build_config, build_tokenizer
 from language_self_play.checkpoint import _write_shards, load_checkpoint
 from language_self_play.cli import main
@@ -54,6 +54,7 @@ from language_self_play.pretrained import load_model
 from language_self_play.recipe_files import merge
 from language_self_play.run_folder import RunFolder
 from language_self_play.shard_files import Shards
+from language_self_play.sharding import ShardedModel
 from language_self_play.types import Completion, Group, Groups
 
 # What a rank takes to notice that another has gone, on a busy machine: gloo notices at once.
@@ -940,6 +941,22 @@ class AnyOther(Ranks):
 
     def most(self, number):
         return errno.ENOSPC
+
+
+def test_pieces_wait_in_the_host_s_memory_where_that_is_asked_for(tiny_llama, monkeypatch):
+    asked = []
+
+    def fully_shard(module, **options):
+        asked.append(type(options["offload_policy"]))
+        return module
+
+    monkeypatch.setattr(sharding, "fully_shard", fully_shard)
+    monkeypatch.setattr(sharding, "init_device_mesh", lambda *args: None)
+    monkeypatch.setattr(Ranks, "from_first", lambda ranks, tensor: None)
+    for offload, policy in ((True, sharding.CPUOffloadPolicy), (False, sharding.OffloadPolicy)):
+        asked.clear()
+        ShardedModel(tiny_llama, Ranks(), torch.device("cpu"), torch.float32, offload)
+        assert set(asked) == {policy}
 
 
 def test_ranks_that_end_by_what_all_raise_end_after_the_first(monkeypatch):

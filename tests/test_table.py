@@ -353,6 +353,16 @@ def test_the_base_is_version_0_of_the_first_run_that_began_with_no_other(runs: A
     assert row.high - row.mean == pytest.approx(last["eval/sampled_accuracy_ci95"], rel=0.1)
 
 
+def test_pairs_of_a_run_without_a_verdict_were_asked_all_the_same():
+    pairs = {"a": 2.0, "b": 1.0}
+    asked = [{"set": "x", "id": i, "preference": p, "judge": "j"} for i, p in pairs.items()]
+    [whole] = scores_of(asked, Path("run")).values()
+    [less] = scores_of([asked[0], asked[1] | {"preference": None}], Path("run")).values()
+    assert (whole.values, less.values) == ({"a": 1.0, "b": 0.0}, {"a": 1.0})
+    assert less.asked == whole.asked
+    assert less.judge == whole.judge == "j"
+
+
 def test_a_base_that_is_named_is_the_base_wherever_it_stands(runs: Any):
     grpo, zero = (str(runs[name].folder) for name in ("grpo", "zero"))
     for arguments in ([f"base={zero}", grpo], [grpo, f"base={zero}"]):
