@@ -86,7 +86,7 @@ VARIANT = {
     },
     "eval": {"tasks": ["arena"]},
 }
-# Fewer completions than ranks: one that draws and learns nothing.
+# Fewer completions than ranks: some draw nothing, or learn nothing of a role.
 NARROW = {"challenger": {"num_queries": 2}, "solver": {"group_size": 2}}
 FSDP = {"distributed": {"parallel": "fsdp"}}
 OFFLOAD = {"distributed": {"cpu_offload": True}}
@@ -795,6 +795,30 @@ def test_tokens_are_shared_by_count_and_each_kept_completion_is_learned_from_onc
         [False, True],
     ]
     assert [len(c.tokens) for c in kept_completions(groups)] == [10, 2, 2]
+
+
+def test_a_rank_adds_zeros_to_gradients_that_others_alone_have(monkeypatch):
+    class WithOther(Ranks):
+        """Another rank has gradients of the first three weights, and they are ones."""
+
+        def any(self, *flags):
+            return [True, True, True, False]
+
+    sizes = []
+
+    def add_ones(flat):
+        sizes.append(len(flat))
+        flat.add_(1.0)
+
+    monkeypatch.setattr(dist, "all_reduce", add_ones)
+    weights = [torch.zeros(shape) for shape in ((2, 3), (4,), (1,), (5,))]
+    weights[1].grad = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    WithOther(Place(1, 2, 1, 2)).sum_gradients(weights)
+    assert sizes == [2 * 3 + 4 + 1]
+    assert torch.equal(weights[0].grad, torch.ones(2, 3))
+    assert weights[1].grad.tolist() == [2.0, 3.0, 4.0, 5.0]
+    assert weights[2].grad.tolist() == [1.0]
+    assert weights[3].grad is None
 
 
 def test_completions_travel_unchanged():
