@@ -105,7 +105,7 @@ IN_A_LAYER = {"layer": [12]}
 PLAYED: dict[int, list[tuple[dict, ...]]] = {
     2: [
         *((), (VARIANT,), (FSDP,), (FSDP, VARIANT), (FSDP, OFFLOAD)),
-        *((FSDP, LORA), (FSDP, LORA, VARIANT)),
+        *((FSDP, LORA), (FSDP, LORA, VARIANT), (LORA,)),
     ],
     4: [
         *((), (NARROW,)),
@@ -359,15 +359,18 @@ def asked(run: RunFolder) -> list[tuple]:
     ]
 
 
-def assert_same_play(one: RunFolder, many: RunFolder, atol: float = 1e-5) -> None:
+def assert_same_play(one: RunFolder, many: RunFolder) -> None:
     assert texts(many) == texts(one)
     assert asked(many) == asked(one)
     assert [step for step, *_ in asked(many)] == [0] * 5 + [4] * 5
     assert numbers(many) == pytest.approx(numbers(one), rel=1e-3, abs=1e-5, nan_ok=True)
     expected, found = weights(one), weights(many)
     assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=atol)
+    # AdamW magnifies the rounding of a gradient that is almost 0: in one process other micro-batches
+    # alone move one weight of 683,904 by 8e-6, and here one moved by 1.3e-5. All others hardly move.
+    differences = [(found[name] - expected[name]).abs().flatten() for name in expected]
+    assert torch.cat(differences).max() < 3e-5
+    assert torch.cat(differences).mean() < 1e-8
 
 
 # ---------------------------------------------------------------- one rank = many
@@ -583,9 +586,7 @@ def test_memory_that_runs_out_on_one_rank_halves_the_batches_of_all(alone, toget
     assert list(run.metrics())[3]["memory/micro_batch_tokens"] == sizes[0][-1]
     # The first draws are those of the second rank's 3 questions of 5, with 3 answers each: 9 // 2.
     assert next(run.metrics())["memory/rollout_batch_size"] == 4
-    # AdamW magnifies the rounding of a gradient that is almost 0: in one process other micro-batches
-    # alone move one weight of 683,904 by 8e-6, and here one moved by 1.3e-5.
-    assert_same_play(alone(*unsharded(tables)), run, atol=3e-5)
+    assert_same_play(alone(*unsharded(tables)), run)
 
 
 @pytest.mark.slow
@@ -594,7 +595,7 @@ def test_shards_give_up_a_pass_together_where_memory_runs_out_within_a_layer(alo
     sizes = [[size for size, _ in seen(run, rank)] for rank in range(2)]
     assert sizes[0] == sizes[1]
     assert sizes[0][0] <= 128  # of 256
-    assert_same_play(alone(), run, atol=3e-5)
+    assert_same_play(alone(), run)
 
 
 # ---------------------------------------------------------------- how ranks end
@@ -1026,10 +1027,12 @@ def test_shards_are_read_by_any_number_of_ranks(tmp_path):
             k: v[rows_of(r, 3, len(v)).start : rows_of(r, 3, len(v)).stop] for k, v in whole.items()
         }
         pieces = {k: (rows_of(r, 3, len(v)).start, len(v)) for k, v in whole.items()}
-        save_shard(tmp_path, own | {"step": torch.tensor(5.0)}, pieces, r, 3)
+        uncut = {"step": torch.tensor(5.0), "buffer": torch.arange(3.0)}
+        save_shard(tmp_path, own | uncut, pieces, r, 3)
     shards = Shards((file, "") for file in sorted(tmp_path.iterdir()))
     assert torch.equal(shards.read("w"), whole["w"])
     assert shards.read("step") == 5.0
+    assert torch.equal(shards.read("buffer"), torch.arange(3.0))
     for size in (1, 2, 4, 9):
         parts = [shards.read("w", r, size) for r in range(size)]
         assert torch.equal(torch.cat(parts), whole["w"])
