@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -17,9 +19,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
-from language_self_play import Config, game, self_play
+from language_self_play import Config, game, self_play, sharding
+from language_self_play.arena.tiny_model import build_config, build_tokenizer
+from language_self_play.checkpoint import _write_shards, load_checkpoint
 from language_self_play.cli import main
 from language_self_play.distributed import (
     Place,
@@ -29,17 +35,26 @@ from language_self_play.distributed import (
     _told,
     _unpacked,
     device_of_rank,
+    join_ranks,
     refuse_other_settings,
     threads_of_rank,
 )
-from language_self_play.errors import ConfigError, InputFileError, NonFiniteError, RunFolderError
-from language_self_play.learner import Learner, StepResult
+from language_self_play.errors import (
+    ConfigError,
+    InputFileError,
+    MemoryLimitError,
+    NonFiniteError,
+    RunFolderError,
+)
+from language_self_play.learner import Learner, StepResult, Term
+from language_self_play.optimizer import Optimizer
 from language_self_play.packing import first_kept, kept_completions, share_of_tokens
-from language_self_play.policy import Policy
+from language_self_play.policy import Policy, load_policy
 from language_self_play.pretrained import load_model
 from language_self_play.recipe_files import merge
 from language_self_play.run_folder import RunFolder
 from language_self_play.shard_files import Shards
+from language_self_play.sharding import ShardedModel
 from language_self_play.types import Completion, Group, Groups
 
 # What a rank takes to notice that another has gone, on a busy machine: gloo notices at once.
@@ -71,11 +86,12 @@ VARIANT = {
     },
     "eval": {"tasks": ["arena"]},
 }
-# Fewer completions than ranks: one that draws and learns nothing.
+# Fewer completions than ranks: some draw nothing, or learn nothing of a role.
 NARROW = {"challenger": {"num_queries": 2}, "solver": {"group_size": 2}}
 FSDP = {"distributed": {"parallel": "fsdp"}}
 OFFLOAD = {"distributed": {"cpu_offload": True}}
 LORA = {"policy": {"lora": {"rank": 4, "alpha": 8.0}}}
+KL_IN_REWARD = {"learner": {"kl": "reward"}}
 BFLOAT16 = {"dtype": "bfloat16", "steps": 1}
 
 # Of the second rank's draws, and of its passes without and with gradient, those where memory runs out. A
@@ -89,13 +105,16 @@ IN_A_LAYER = {"layer": [12]}
 PLAYED: dict[int, list[tuple[dict, ...]]] = {
     2: [
         *((), (VARIANT,), (FSDP,), (FSDP, VARIANT), (FSDP, OFFLOAD)),
-        *((FSDP, LORA), (FSDP, LORA, VARIANT)),
+        *((FSDP, LORA), (FSDP, LORA, VARIANT), (LORA,)),
     ],
-    4: [(), (NARROW,), (FSDP, NARROW), (FSDP, LORA, NARROW)],
+    4: [
+        *((), (NARROW,)),
+        *((FSDP, NARROW), (FSDP, NARROW, KL_IN_REWARD), (FSDP, LORA, NARROW)),
+    ],
 }
 RUNS_OUT: list[tuple[dict, ...]] = [
-    *((), ({"learner": {"kl": "reward"}},)),
-    *((FSDP,), (FSDP, {"learner": {"kl": "reward"}}), (FSDP, LORA)),
+    *((), (KL_IN_REWARD,)),
+    *((FSDP,), (FSDP, KL_IN_REWARD), (FSDP, LORA)),
 ]
 
 PLAYS = """
@@ -155,6 +174,16 @@ with join_ranks(60.0) as ranks:
         Path(f"{run}.seen-{ranks.rank}").write_text(json.dumps(seen))
 """
 
+# GRPO, for which a model needs to have learned nothing.
+OF_LENGTH = {
+    "algorithm": "grpo",
+    "reward": {"main": {"kind": "python", "function": "length_reward:reward"}},
+}
+LENGTH_REWARD = """
+def reward(queries, answers):
+    return [float(len(answer)) for answer in answers]
+"""
+
 SLOW_REWARD = """
 import time
 def reward(queries, answers):
@@ -167,11 +196,30 @@ def reward(queries, answers):
 def folder(tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("ranks")
     (made / "slow_reward.py").write_text(SLOW_REWARD)
+    (made / "length_reward.py").write_text(LENGTH_REWARD)
+    sys.path.insert(0, str(made))
     (made / "plays.py").write_text(PLAYS)
     # Sums as the arena writes them, units first.
     sums = [{"question": f"{a}+{b}", "answer": f"{a + b}"[::-1]} for a in (1, 7, 9) for b in (2, 5)]
     (made / "sums.jsonl").write_text("".join(json.dumps(s) + "\n" for s in sums[:5]))
+    tokenizer = build_tokenizer()
+    config = build_config(tokenizer)
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(made / "tied-model")
+    tokenizer.save_pretrained(made / "tied-model")
     return made
+
+
+def tied(folder: Path) -> dict:
+    """GRPO of a model whose first and last layer are one tensor."""
+    return merge(
+        OF_LENGTH,
+        {
+            "policy": {"path": str(folder / "tied-model")},
+            "data": {"path": str(folder / "sums.jsonl")},
+        },
+    )
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -243,6 +291,8 @@ def together(folder) -> Callable[[int, str], RunFolder]:
                 games += [
                     (table_of(folder, FSDP), str(folder / "out-in-a-layer"), IN_A_LAYER),
                     (table_of(folder, FSDP, BFLOAT16), str(folder / "bfloat16"), {}),
+                    (table_of(folder, FSDP, tied(folder)), str(folder / "tied"), {}),
+                    (table_of(folder, FSDP, LORA, tied(folder)), str(folder / "tied-lora"), {}),
                 ]
                 for kind, other in (("bfloat16", BFLOAT16 | {"steps": 4}), ("lora", LORA)):
                     table, first = table_of(folder, FSDP, other), str(folder / f"{kind}-first")
@@ -309,15 +359,18 @@ def asked(run: RunFolder) -> list[tuple]:
     ]
 
 
-def assert_same_play(one: RunFolder, many: RunFolder, atol: float = 1e-5) -> None:
+def assert_same_play(one: RunFolder, many: RunFolder) -> None:
     assert texts(many) == texts(one)
     assert asked(many) == asked(one)
     assert [step for step, *_ in asked(many)] == [0] * 5 + [4] * 5
     assert numbers(many) == pytest.approx(numbers(one), rel=1e-3, abs=1e-5, nan_ok=True)
     expected, found = weights(one), weights(many)
     assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=atol)
+    # AdamW magnifies the rounding of a gradient that is almost 0: in one process other micro-batches
+    # alone move one weight of 683,904 by 8e-6, and here one moved by 1.3e-5. All others hardly move.
+    differences = [(found[name] - expected[name]).abs().flatten() for name in expected]
+    assert torch.cat(differences).max() < 3e-5
+    assert torch.cat(differences).mean() < 1e-8
 
 
 # ---------------------------------------------------------------- one rank = many
@@ -348,6 +401,26 @@ def test_many_ranks_play_and_learn_what_one_does(alone, together, ranks, tables)
         checkpoint = many.checkpoints()[0]
         assert {p.name for p in checkpoint.iterdir() if p.is_dir()} == {"adapter"}
         assert set(adapter(checkpoint / "adapter")) == set(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "adapted"), [("tied", ()), ("tied-lora", (LORA,))])
+def test_tied_weights_stay_one_in_shards(folder, alone, together, name, adapted):
+    one, many = alone(tied(folder), *adapted), together(2, name)
+    assert_same_play(one, many)
+    first, head = "model.embed_tokens.weight", "lm_head.weight"
+    assert head not in weights(many)
+    begun = load_file(folder / "tied-model" / "model.safetensors")
+    assert torch.equal(weights(many)[first], begun[first]) == bool(adapted)
+    places = [many.model_folder]
+    if not adapted:
+        # As one tensor it has one set of moments, and both of its uses are in its gradient.
+        assert not any(head in name for name in shards_of(many.checkpoints()[-1]).names(""))
+        places.append(many.checkpoints()[-1] / "shards")
+    for place in places:
+        found = load_model(str(place), torch.float32, torch.device("cpu"))
+        assert found.lm_head.weight is found.model.embed_tokens.weight
+        assert torch.equal(found.lm_head.weight, weights(many)[first])
 
 
 @pytest.mark.slow
@@ -405,6 +478,28 @@ def test_an_adapter_of_two_sharded_ranks_is_gone_on_from_by_one_process(folder, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_ranks_that_replicate_go_on_from_shards_with_the_whole(folder, together, number):
+    class OneOfTwo(Ranks):
+        """What the first rank finds, it finds too."""
+
+        def once(self, function, *args, **kwargs):
+            return function(*args, **kwargs)
+
+    run = together(2, name_of(2, (FSDP,)))
+    config = Config.from_table(table_of(folder))
+    policy = load_policy(config, torch.device("cpu"))
+    optimizer = Optimizer(policy.model, config.learner)
+    newest = run.checkpoints()[-1]
+    assert load_checkpoint(run, policy, optimizer, OneOfTwo(Place(number, 2, number, 2))) == 4
+    shards = shards_of(newest)
+    moments = optimizer.state()
+    for name, weight in policy.model.named_parameters():
+        assert torch.equal(weight, shards.read(f"{name}:weight")), name
+        assert torch.equal(moments[f"{name}:exp_avg"], shards.read(f"{name}:exp_avg")), name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tables", [(NARROW,), (FSDP, NARROW)], ids=["replicate", "fsdp"])
 def test_each_token_counts_once_also_where_ranks_have_nothing_to_learn(together, tables):
     run = together(4, name_of(4, tables))
@@ -418,6 +513,20 @@ def test_each_token_counts_once_also_where_ranks_have_nothing_to_learn(together,
     assert len(tokens) == 4
     for rank in range(4):
         assert [n for _, n in seen(run, rank)] == tokens
+
+
+@pytest.mark.slow
+def test_shards_in_bfloat16_are_gone_on_from_by_one_process(folder, together):
+    # To which the reference is the same, though the shards hold it in float32.
+    first = together(2, "bfloat16-first")
+    run = shutil.copytree(first.folder, folder / "bfloat16-alone")
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    resumed = self_play(RunFolder(run).resumed_config({}), run, resume=True)
+    events = [json.loads(line) for line in resumed.events_file.read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "resumed"] == [2]
+    # Of 2 updates of at most 1e-4 each few go the other way, in weights of 8 bits.
+    differences = [(weights(resumed)[n] - w).float().flatten() for n, w in weights(first).items()]
+    assert torch.cat(differences).abs().mean() < 4e-5
 
 
 @pytest.mark.slow
@@ -477,9 +586,7 @@ def test_memory_that_runs_out_on_one_rank_halves_the_batches_of_all(alone, toget
     assert list(run.metrics())[3]["memory/micro_batch_tokens"] == sizes[0][-1]
     # The first draws are those of the second rank's 3 questions of 5, with 3 answers each: 9 // 2.
     assert next(run.metrics())["memory/rollout_batch_size"] == 4
-    # AdamW magnifies the rounding of a gradient that is almost 0: in one process other micro-batches
-    # alone move one weight of 683,904 by 8e-6, and here one moved by 1.3e-5.
-    assert_same_play(alone(*unsharded(tables)), run, atol=3e-5)
+    assert_same_play(alone(*unsharded(tables)), run)
 
 
 @pytest.mark.slow
@@ -488,7 +595,7 @@ def test_shards_give_up_a_pass_together_where_memory_runs_out_within_a_layer(alo
     sizes = [[size for size, _ in seen(run, rank)] for rank in range(2)]
     assert sizes[0] == sizes[1]
     assert sizes[0][0] <= 128  # of 256
-    assert_same_play(alone(), run, atol=3e-5)
+    assert_same_play(alone(), run)
 
 
 # ---------------------------------------------------------------- how ranks end
@@ -511,14 +618,18 @@ def slow_game(folder: Path, name: str, **tables) -> tuple[Path, Path]:
     table = merge(GAME, {"steps": 8, "reward": {"main": {}}, **tables})
     table["reward"] = {"main": {"kind": "python", "function": "slow_reward:reward"}}
     recipe = folder / f"{name}.toml"
-    sys.path.insert(0, str(folder))
     recipe.write_text(Config.from_table(table).to_toml())
     return recipe, folder / name
 
 
 def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
-    file, end = run / "metrics.jsonl", time.monotonic() + 120
-    while not file.is_file() or file.read_text().count("\n") < count:
+    file = run / "metrics.jsonl"
+    wait_for(lambda: file.is_file() and file.read_text().count("\n") >= count, process)
+
+
+def wait_for(happened: Callable[[], object], process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not happened():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -568,10 +679,12 @@ def test_a_killed_rank_takes_the_others_down_and_a_resume_is_exact(folder, undis
 
 
 @pytest.mark.slow
-def test_sigterm_at_any_rank_pauses_all_and_another_number_of_ranks_goes_on(folder, undisturbed):
-    recipe, run = slow_game(folder, "paused")
+def test_signals_to_any_rank_are_to_all_and_another_number_of_ranks_goes_on(folder, undisturbed):
+    recipe, run = slow_game(folder, "paused", checkpoint={"every": 100})
     process = lsp(folder, 2, "train", recipe, "--run", run)
-    wait_for_steps(run, 2, process)
+    wait_for_steps(run, 1, process)
+    os.kill(rank_process(process, 1), signal.SIGUSR1)
+    wait_for(lambda: list((run / "checkpoints").glob("step-*")), process)
     os.kill(rank_process(process, 1), signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert len(re.findall(r"paused, \d of 8 steps played; go on with", said)) == 1
@@ -685,6 +798,30 @@ def test_tokens_are_shared_by_count_and_each_kept_completion_is_learned_from_onc
     assert [len(c.tokens) for c in kept_completions(groups)] == [10, 2, 2]
 
 
+def test_a_rank_adds_zeros_to_gradients_that_others_alone_have(monkeypatch):
+    class WithOther(Ranks):
+        """Another rank has gradients of the first three weights, and they are ones."""
+
+        def any(self, *flags):
+            return [True, True, True, False]
+
+    sizes = []
+
+    def add_ones(flat):
+        sizes.append(len(flat))
+        flat.add_(1.0)
+
+    monkeypatch.setattr(dist, "all_reduce", add_ones)
+    weights = [torch.zeros(shape) for shape in ((2, 3), (4,), (1,), (5,))]
+    weights[1].grad = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    WithOther(Place(1, 2, 1, 2)).sum_gradients(weights)
+    assert sizes == [2 * 3 + 4 + 1]
+    assert torch.equal(weights[0].grad, torch.ones(2, 3))
+    assert weights[1].grad.tolist() == [2.0, 3.0, 4.0, 5.0]
+    assert weights[2].grad.tolist() == [1.0]
+    assert weights[3].grad is None
+
+
 def test_completions_travel_unchanged():
     played = [
         Completion([1, 70_000], "a\n\ud800 b", [-0.1, float("-inf")], "stop"),
@@ -790,6 +927,82 @@ def test_what_tokens_say_is_summed_over_ranks_before_it_is_a_mean(tiny_llama, en
     assert result.capped_fraction == pytest.approx(0.5)  # (1 + 4) / 10
 
 
+def test_what_is_not_finite_on_another_rank_is_found_on_all(tiny_llama, endless_chat):
+    class WithOther(Ranks):
+        """Another rank's loss is NaN."""
+
+        def sums(self, numbers):
+            return [math.nan, *numbers[1:]]
+
+    learner = Learner(Policy(tiny_llama, endless_chat), Config.from_table(GAME), WithOther())
+    played = [Group([1, 2], [completion(2), completion(3)]) for _ in range(2)]
+    solved = Groups("solver", played, 1.0, torch.zeros(2, 2))
+    assert learner._places_not_finite([Term(solved, 1.0, 0.0)]) == [("solver", 0), ("solver", 1)]
+
+
+def test_no_update_is_made_where_another_rank_has_no_room_for_it(tiny_llama, endless_chat):
+    learner = Learner(Policy(tiny_llama, endless_chat), Config.from_table(GAME), AnyOther())
+    with pytest.raises(MemoryLimitError, match="no memory left to compute an update") as raised:
+        learner._check_room()
+    assert raised.value.agreed
+
+
+def test_a_rank_s_shard_that_finds_no_room_is_told_by_all(tiny_llama, endless_chat, tmp_path):
+    run, policy = RunFolder(tmp_path), Policy(tiny_llama, endless_chat)
+    run.checkpoints_folder.mkdir()
+    optimizer = Optimizer(tiny_llama, Config.from_table(GAME).learner)
+    with pytest.raises(RunFolderError, match="No space left") as raised:
+        _write_shards(run.checkpoints_folder / ".shards-1", run, policy, optimizer, AnyOther())
+    assert raised.value.errno == errno.ENOSPC
+    assert raised.value.agreed
+    assert not list(run.checkpoints_folder.iterdir())
+
+
+class AnyOther(Ranks):
+    """Another rank has whatever is asked for, and no room on its disk."""
+
+    def any(self, *flags):
+        return [True for _ in flags]
+
+    def most(self, number):
+        return errno.ENOSPC
+
+
+def test_pieces_wait_in_the_host_s_memory_where_that_is_asked_for(tiny_llama, monkeypatch):
+    asked = []
+
+    def fully_shard(module, **options):
+        asked.append(type(options["offload_policy"]))
+        return module
+
+    monkeypatch.setattr(sharding, "fully_shard", fully_shard)
+    monkeypatch.setattr(sharding, "init_device_mesh", lambda *args: None)
+    monkeypatch.setattr(Ranks, "from_first", lambda ranks, tensor: None)
+    for offload, policy in ((True, sharding.CPUOffloadPolicy), (False, sharding.OffloadPolicy)):
+        asked.clear()
+        ShardedModel(tiny_llama, Ranks(), torch.device("cpu"), torch.float32, offload)
+        assert set(asked) == {policy}
+
+
+def test_ranks_that_end_by_what_all_raise_end_after_the_first(monkeypatch):
+    # A launcher kills the others when one ends, and the first may still be writing.
+    waited = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(Ranks, "outlive_first", lambda ranks: waited.append((ranks.rank, agreed)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        monkeypatch.setenv("LOCAL_RANK", number)
+        for agreed in (True, False):
+            error = ConfigError("it is wrong")
+            error.agreed = agreed
+            with pytest.raises(ConfigError), join_ranks(1.0) as ranks:
+                raise error
+            assert ranks.apart == (not agreed)
+    assert waited == [(1, True)]
+
+
 @pytest.mark.parametrize(
     ("tables", "sentence"),
     [
@@ -814,10 +1027,12 @@ def test_shards_are_read_by_any_number_of_ranks(tmp_path):
             k: v[rows_of(r, 3, len(v)).start : rows_of(r, 3, len(v)).stop] for k, v in whole.items()
         }
         pieces = {k: (rows_of(r, 3, len(v)).start, len(v)) for k, v in whole.items()}
-        save_shard(tmp_path, own | {"step": torch.tensor(5.0)}, pieces, r, 3)
+        uncut = {"step": torch.tensor(5.0), "buffer": torch.arange(3.0)}
+        save_shard(tmp_path, own | uncut, pieces, r, 3)
     shards = Shards((file, "") for file in sorted(tmp_path.iterdir()))
     assert torch.equal(shards.read("w"), whole["w"])
     assert shards.read("step") == 5.0
+    assert torch.equal(shards.read("buffer"), torch.arange(3.0))
     for size in (1, 2, 4, 9):
         parts = [shards.read("w", r, size) for r in range(size)]
         assert torch.equal(torch.cat(parts), whole["w"])

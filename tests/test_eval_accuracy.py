@@ -114,6 +114,16 @@ def test_after_ctrl_c_the_same_command_goes_on_and_gives_the_uninterrupted_resul
     assert not Path("b.json.part").exists()
 
 
+def test_each_batch_has_draws_of_its_own(sums: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(eval_accuracy, "BATCH", 1)
+    Path(sums).write_text(Path(sums).read_text().splitlines(keepends=True)[0] * 2)
+    sampled = ["--num_answers", "8", "--temperature", "2.0"]
+    assert evaluate(sums, *FLAGS, *sampled, "--json", "a.json") == 0
+    first, second = json.loads(Path("a.json").read_text())["questions"]
+    assert first["query"] == second["query"]
+    assert first["answers"] != second["answers"]
+
+
 def test_answers_to_other_questions_are_not_taken_over(
     sums: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):

@@ -308,8 +308,10 @@ def test_a_pair_without_a_verdict_is_told_counted_and_left_out(
     prompts, judge, endpoint, tmp_path, capsys
 ):
     def reply(handler):
-        prose = handler.prompt.startswith("9+9|")
-        (says("Hm.") if prose else scored(2))(handler)
+        query, first, _ = handler.prompt.split("|")
+        wins = query in QUERIES[:2]  # else no difficulty would tell pairs apart
+        verdict = scored(0 if wins == (first in "abcde") else 2)
+        (says("Hm.") if query == "9+9" else verdict)(handler)
 
     endpoint.default = reply
     mine = answers(tmp_path / "mine.json", list("abcde"))
@@ -331,6 +333,7 @@ def test_a_pair_without_a_verdict_is_told_counted_and_left_out(
     assert main(command) == 0
     of_model = report()
     assert of_model["length_control"]["difficulties"] == "table"
+    assert abs(of_model["length_control"]["difficulty"]) > 0.1
     again = ["eval", "alpaca", "--annotations", "out/annotations.json", *table]
     (tmp_path / "d.json").write_text(json.dumps({q: v for q, v in hard.items() if q != "9+9"}))
     assert main([*again, "--json", "again.json"]) == 0
@@ -496,6 +499,33 @@ def test_each_batch_has_draws_of_its_own(tmp_path, monkeypatch):
     found = answering.answer(Policy(path="arena"), None, QUERIES, how, tmp_path)
     assert len(found) == 5
     assert steps == [0, 2, 4]
+
+
+def test_answers_are_kept_by_all_that_decides_on_them():
+    from language_self_play.config import Policy, Rollout
+    from language_self_play.evaluate.answers import Answering, _identity
+
+    arena, how = Policy(path="arena"), Answering()
+    kept = [
+        _identity(arena, None, QUERIES, how),
+        _identity(arena, "Be brief.", QUERIES, how),
+        _identity(arena, None, QUERIES[::-1], how),
+        _identity(
+            Policy(path="arena", chat_template_kwargs={"thinking": False}), None, QUERIES, how
+        ),
+        *(
+            _identity(arena, None, QUERIES, Answering(**{name: value}))
+            for name, value in {
+                "temperature": 1.0,
+                "max_tokens": 8,
+                "seed": 1,
+                "dtype": "bfloat16",
+                "rollout": Rollout(batch_size=2),
+            }.items()
+        ),
+    ]
+    assert len(set(kept)) == len(kept)
+    assert _identity(arena, None, QUERIES, Answering()) == kept[0]
 
 
 def test_the_copy_draws_answers_of_its_own(prompts, judge, endpoint, tmp_path):

@@ -339,6 +339,7 @@ def test_the_base_is_version_0_of_the_first_run_that_began_with_no_other(runs: A
     sampled = tables[0]
     assert [row.label for row in sampled.rows] == ["base", "GRPO then LSP-Zero", "GRPO", "LSP-Zero"]
     assert sampled.groups == ["easy", "medium", "hard", ALL]
+    assert sampled.rows[0].source == f"{runs['grpo'].folder}, step 0"
     first = next(runs["grpo"].metrics())
     base = sampled.rows[0].cells
     for group, suffix in (("easy", "/easy"), ("hard", "/hard"), (ALL, "")):
@@ -350,6 +351,39 @@ def test_the_base_is_version_0_of_the_first_run_that_began_with_no_other(runs: A
     assert row.difference == pytest.approx(change)
     # The normal interval of 900 questions.
     assert row.high - row.mean == pytest.approx(last["eval/sampled_accuracy_ci95"], rel=0.1)
+
+
+def test_a_subset_is_compared_with_the_base_s_answers_to_the_same_subset():
+    subsets = ["koala", "vicuna", "koala", "vicuna", "koala"]
+    base = annotations("base.json", [1.0, 2.0, 1.0, 1.0, 2.0], subsets)
+    mine = annotations("mine.json", [1.0, 1.0, 2.0, 1.0, 2.0], subsets)
+    cells = {t.measure: t.rows[1].cells for t in build_tables([f"base={base}", f"mine={mine}"])}
+    of = cells[f"AlpacaEval {WIN_RATE}"]
+    # koala: 0, 0, 1 before and 0, 1, 1 now; vicuna: 1, 0 and 0, 0.
+    assert (of["koala"].n, of["vicuna"].n) == (3, 2)
+    assert of["koala"].difference == pytest.approx(1 / 3)
+    assert of["vicuna"].difference == pytest.approx(-1 / 2)
+    assert of["koala"].p == paired_bootstrap_p([0, 1, 1], [0, 0, 1])
+    assert of["vicuna"].p == paired_bootstrap_p([0, 0], [1, 0])
+    low, high = bootstrap_interval([0, 1, 0])
+    assert (of["koala"].difference_low, of["koala"].difference_high) == (low, high)
+
+
+def test_pairs_of_a_run_without_a_verdict_were_asked_all_the_same():
+    pairs = {"a": 2.0, "b": 1.0}
+    asked = [{"set": "x", "id": i, "preference": p, "judge": "j"} for i, p in pairs.items()]
+    [whole] = scores_of(asked, Path("run")).values()
+    [less] = scores_of([asked[0], asked[1] | {"preference": None}], Path("run")).values()
+    assert (whole.values, less.values) == ({"a": 1.0, "b": 0.0}, {"a": 1.0})
+    assert less.asked == whole.asked
+    assert less.judge == whole.judge == "j"
+
+
+def test_a_base_that_is_named_is_the_base_wherever_it_stands(runs: Any):
+    grpo, zero = (str(runs[name].folder) for name in ("grpo", "zero"))
+    for arguments in ([f"base={zero}", grpo], [grpo, f"base={zero}"]):
+        base, row = build_tables(arguments)[0].rows
+        assert (base.label, base.source, row.label) == ("base", zero, "GRPO")
 
 
 def test_the_table_is_written_as_markdown_csv_and_picture(runs: Any, capsys: Any):

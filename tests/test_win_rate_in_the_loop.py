@@ -169,6 +169,7 @@ def test_a_set_may_have_a_cadence_of_its_own(table: dict[str, Any], tmp_path: Pa
             **config.model_dump(exclude_none=True),
             "eval": {
                 **config.eval.model_dump(exclude_none=True),
+                "tasks": ["arena"],
                 "accuracy": {"sums": exam},
             },
         }
@@ -176,6 +177,7 @@ def test_a_set_may_have_a_cadence_of_its_own(table: dict[str, Any], tmp_path: Pa
     run = self_play(config, tmp_path / "run")
     assert steps_with(run, "eval/mine/win_rate") == [0, 3, 4]
     assert steps_with(run, "eval/sums/accuracy") == [0, 2, 4]
+    assert steps_with(run, "eval/greedy_accuracy") == [0, 2, 4]
     assert run.resumed_config({"eval": {"win_rate": {"mine": {"every": 1}}}})
     with pytest.raises(ConfigError, match=r"^eval\.win_rate\.mine\.limit = 3: was 200"):
         run.resumed_config({"eval": {"win_rate": {"mine": {"limit": 3}}}})
