@@ -121,10 +121,10 @@ class Policy:
         """π_θ as it can be sampled from; where it is sharded, between `gather` and `release`."""
         return self.model if self.sharded is None else self.sharded.whole
 
-    def gather(self, on_first_only: bool = False) -> None:
+    def gather(self) -> None:
         """Give `whole` its weights. All ranks do it together. Raises MemoryLimitError."""
         if self.sharded is not None:
-            self.sharded.gather(on_first_only)
+            self.sharded.gather()
 
     def release(self) -> None:
         """Let go of the weights of `whole`, where they are a copy."""

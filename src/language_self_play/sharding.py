@@ -142,11 +142,8 @@ class ShardedModel:
             layer.reshard()
 
     @torch.no_grad()
-    def gather(self, on_first_only: bool = False) -> None:
-        """Give `whole` its weights, on all ranks, or on the first alone and there on the CPU.
-
-        Raises MemoryLimitError if they don't fit beside the pieces.
-        """
+    def gather(self) -> None:
+        """Give `whole` its weights. Raises MemoryLimitError if they don't fit beside the pieces."""
         found: dict[str, Tensor] = {}
         self._root.reshard()  # its own group stays gathered after a pass without backward
         try:
@@ -156,11 +153,7 @@ class ShardedModel:
                 assert isinstance(pieces, DTensor)
                 with in_words():
                     converted: Any = pieces.detach().to(self.device, self.dtype)
-                    full = converted.full_tensor()
-                if not on_first_only:
-                    found[name] = full
-                elif self.ranks.is_first:
-                    found[name] = full.cpu()
+                    found[name] = converted.full_tensor()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -169,8 +162,7 @@ class ShardedModel:
                 " this process needs; set distributed.cpu_offload, or use more ranks or GPUs with more"
                 " memory (docs/scaling.md)"
             ) from None
-        if found:
-            self._fill(lambda name: found[self._first_name[name]])
+        self._fill(lambda name: found[self._first_name[name]])
 
     def release(self) -> None:
         """Let go of the weights of `whole`."""

@@ -202,7 +202,6 @@ def play(game: Game, run: RunFolder, start: int, progress: Progress) -> None:
     if evaluation.metrics:
         run.record({"step": config.steps, **evaluation.metrics}, [], evaluation.questions)
         progress.step({"step": config.steps, **evaluation.metrics}, [])
-    policy.gather(on_first_only=True)
     game.ranks.once(save_model, run.own, policy, model_card)
     run.event("finished", step=config.steps)
 
