@@ -722,13 +722,15 @@ def test_shards_of_two_ranks_are_gone_on_from_by_any_number(folder, sharded, und
 
 @pytest.mark.slow
 def test_what_goes_wrong_on_the_first_rank_is_told_once_and_ends_all(folder):
-    (folder / "bad_reward.py").write_text("def reward(queries, answers):\n    return [1.0]\n")
+    (folder / "bad_reward.py").write_text(
+        "def reward(queries, answers):\n    return [1.0] * (4 if len(queries) == 4 else 1)\n"
+    )  # 4 when it is tried, before the run begins
     recipe, run = slow_game(folder, "bad")
     recipe.write_text(recipe.read_text().replace("slow_reward", "bad_reward"))
     process = lsp(folder, 2, "train", recipe, "--run", run)
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert said.count("reward.main: ") == 1
+    assert said.count("reward.main.function = ") == 1
     process = lsp(folder, 2, "train", recipe, "--run", run)
     said, _ = process.communicate(timeout=120)
     assert said.count("already holds a run") == 1
