@@ -163,9 +163,9 @@ def measure(folder: Path, case: str) -> None:
     before = peak_resident_bytes()
     language_self_play.train.self_play(config, folder / "run")
     measured = peak_resident_bytes() - before
-    questions, evaluated, _ = checked(config)
-    turns = list(longest_turns(config, questions).values())
-    estimate = memory_estimate(config, turns, judge_turn(config), evaluated)
+    found = checked(config)
+    turns = list(longest_turns(config, found.questions).values())
+    estimate = memory_estimate(config, turns, judge_turn(config), found.evaluated, found.compared)
     print(json.dumps([estimate.peak, measured]))
 
 

@@ -93,6 +93,18 @@ def test_every_flag_that_help_shows_for_train_is_explained():
     assert "75 paused and resumable" in text
 
 
+def test_warnings_name_what_was_typed_however_they_are_made():
+    class OfTwoWords(UserWarning):
+        def __init__(self, one: str, other: str):
+            super().__init__(f"{one} {other}")
+
+    def as_typed(said: str) -> str:
+        return said.replace("policy.path", "MODEL")
+
+    with pytest.warns(OfTwoWords, match="^MODEL odd$"), errors.renaming(as_typed):
+        warnings.warn(OfTwoWords("policy.path", "odd"), stacklevel=1)
+
+
 # ---------------------------------------------------------------- exit codes
 
 

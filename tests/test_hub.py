@@ -49,10 +49,12 @@ def play(tmp_path, url, model):
     return python_with_hub(tmp_path, url, "-m", "language_self_play", *command)
 
 
-def test_a_hub_that_does_not_answer_is_asked_once_and_models_that_were_fetched_still_play(tmp_path):
+def test_a_hub_that_does_not_answer_is_asked_twice_and_models_that_were_fetched_still_play(
+    tmp_path,
+):
     with one_that_hangs_up() as (url, calls):
         done = play(tmp_path, url, "you/arena")
-        assert calls.count(b"H") == 1  # HEAD; the client asks for things of its own by GET
+        assert calls.count(b"H") == 2  # HEAD; the client asks for things of its own by GET
     assert done.returncode == 2
     asks, tells, refuses = done.stderr.splitlines()
     assert asks == "you/arena: no folder of that name here, so the hub is asked"
@@ -64,7 +66,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_models_that_were_fetched_s
         assert done.returncode == 0, done.stderr
     with one_that_hangs_up() as (url, calls):
         done = play(tmp_path, url, "you/arena")
-        assert calls.count(b"H") == 1  # HEAD; the client asks for things of its own by GET
+        assert calls.count(b"H") == 2  # HEAD; the client asks for things of its own by GET
     assert done.returncode == 0, done.stderr
 
 
@@ -77,20 +79,23 @@ def test_a_model_that_the_hub_does_not_have_is_one_sentence(tmp_path):
     assert line.startswith("lsp: MODEL = 'you/arana': can't be loaded: ")
 
 
-@pytest.mark.parametrize("shards", [0, 2])
-def test_of_a_hubs_weights_an_engine_fetches_those_that_transformers_reads(shards, tmp_path):
+@pytest.mark.parametrize("lies", ["whole", "in parts", "both"])
+def test_of_a_hubs_weights_an_engine_fetches_those_that_transformers_reads(lies, tmp_path):
     weights = FILES["model.safetensors"]
-    names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    names = parts if lies == "in parts" else ["model.safetensors"]
     files = {name: data for name, data in FILES.items() if not name.startswith("model.")}
-    files |= dict.fromkeys(names or ["model.safetensors"], weights)
-    if names:
-        index = {"metadata": {}, "weight_map": {str(i): name for i, name in enumerate(names)}}
-        files["model.safetensors.index.json"] = json.dumps(index).encode()
+    files |= dict.fromkeys(names, weights)
     doubles = ["consolidated.safetensors", "pytorch_model.bin", "original/consolidated.00.pth"]
+    if lies != "whole":
+        index = {"metadata": {}, "weight_map": {str(i): name for i, name in enumerate(parts)}}
+        files["model.safetensors.index.json"] = json.dumps(index).encode()
+    if lies == "both":
+        doubles += parts
     files |= dict.fromkeys(doubles, b"none of it")
     with serving({"you/arena": files}) as hub:
         done = python_with_hub(tmp_path, hub.url, "-c", FIXED)
         assert done.returncode == 0, done.stderr
         fetched = {path.rpartition("/resolve/")[2].partition("/")[2] for _, path in hub.requests}
-    assert fetched & {*files} >= {"config.json", *(names or ["model.safetensors"])}
+    assert fetched & {*files} >= {"config.json", *names}
     assert not fetched & {*doubles}

@@ -269,6 +269,7 @@ def with_contest(folder: Path, judge: dict[str, Any]) -> memory.MemoryEstimate:
         config_of(folder, eval={"win_rate": {"ours": contest}}),
         [Turn(2, 9, 3, 7)],
         evaluated=[Turn(20, 30, 1, 70)],
+        compared={} if judge["kind"] == "python" else {"ours": Turn(40, 30, 1, 70)},
     )
 
 

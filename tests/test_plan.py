@@ -209,6 +209,28 @@ def test_the_judge_is_asked_about_each_answer_at_its_longest():
     assert judging(algorithm="lsp-zero") is None
 
 
+def test_a_local_judge_of_pairs_is_asked_about_both_answers_within_its_rubric(here):
+    from language_self_play.chat import load_chat
+    from language_self_play.plan import checked
+    from language_self_play.rewards.self_reward import JudgeQuestions
+
+    settings = json.loads((here / "model" / "config.json").read_text())
+    (here / "model" / "config.json").write_text(
+        json.dumps(settings | {"max_position_embeddings": 2048})
+    )
+    (here / "p.jsonl").write_text('{"instruction": "12+3"}\n{"instruction": "7+8"}\n')
+    contest = {"path": "p.jsonl", "max_tokens": 90, "judge": {"kind": "local", "path": "model"}}
+    config = Config.from_recipe("recipe.toml", eval={"win_rate": {"ours": contest}})
+    found = checked(config)
+    chat = load_chat(config.policy)
+    prompt = len(chat.encode("12+3"))
+    assert found.evaluated == [(2, prompt, 1, 90)]
+    default = config.self_reward.model_copy(update={"mode": "expected", "rubric": "default"})
+    [around] = JudgeQuestions(default, chat, 2048).prompts([("", "")])
+    assert len(around) > 500
+    assert found.compared == {"ours": (4, len(around) + prompt + 90, 1, 1)}
+
+
 def test_a_judge_of_criteria_is_asked_once_for_each(here, monkeypatch):
     from language_self_play.rewards import self_reward
 

@@ -509,6 +509,22 @@ def test_a_request_that_is_about_to_connect_when_the_run_stops_is_never_sent(
         assert received == [b""]
 
 
+def test_a_server_that_takes_no_connection_is_away_long_before_a_reply_is_due(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(vllm_server, "CONNECTS_WITHIN_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        address = f"http://127.0.0.1:{full.getsockname()[1]}"
+        with pytest.raises(vllm_server.ServerAway, match="timed out"):
+            VllmServer(config_of(make_config, address), "run")._post("/pause")
+        for one in waiting:
+            one.close()
+
+
 # ---------------------------------------------------------------- whole runs, on one rank and on several
 
 GAME = {

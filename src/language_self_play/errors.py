@@ -21,6 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 
 class LspError(Exception):
@@ -98,9 +99,13 @@ class Paused(LspError, InterruptedError):
 def renaming(rename: Callable[[str], str]) -> Iterator[None]:
     """What is raised or warned of within says `rename` of what it says: settings as the user typed them."""
     show = warnings.showwarning
-    warnings.showwarning = lambda said, *rest, **named: show(
-        type(said)(rename(str(said))), *rest, **named
-    )
+
+    def show_renamed(said: Warning | str, *rest: Any, **named: Any) -> None:
+        if isinstance(said, Warning) and (other := rename(str(said))) != str(said):
+            said.args = (other,)
+        show(said, *rest, **named)
+
+    warnings.showwarning = cast("Any", show_renamed)
     try:
         yield
     except LspError as error:

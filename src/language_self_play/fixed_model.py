@@ -60,9 +60,9 @@ def _weights_of(path: str) -> Path:
 
 def _fetched(hub_id: str) -> Path:
     """The weights that transformers would read, and none of those that lie beside them in other forms."""
-    beside = ["*.json", "*.py"]
-    index = Path(snapshot_download(hub_id, allow_patterns=beside)) / INDEX
-    weights = {WHOLE}
-    if index.is_file():
-        weights = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    return Path(snapshot_download(hub_id, allow_patterns=[*beside, *sorted(weights)]))
+    folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.py", WHOLE]))
+    index = folder / INDEX
+    if index.is_file() and not (folder / WHOLE).is_file():
+        parts = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        snapshot_download(hub_id, allow_patterns=sorted(parts))
+    return folder

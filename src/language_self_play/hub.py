@@ -1,9 +1,11 @@
-"""Whether the hub answers, asked once: its client would ask for a minute, file by file, where there is no network."""
+"""Whether the hub answers, asked at once: its client would ask for a minute, file by file, without a network."""
 
 from __future__ import annotations
 
 import sys
 from functools import cache
+
+ATTEMPTS = 2
 
 
 @cache
@@ -14,13 +16,17 @@ def look_for_hub() -> None:
 
     if constants.HF_HUB_OFFLINE:
         return
-    try:
-        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception as error:  # of the client that this client is made with
-        reason = str(error) or type(error).__name__
-        print(
-            f"{constants.ENDPOINT}: nothing answers there ({reason}), so what was fetched before is all"
-            " there is",
-            file=sys.stderr,
-        )
-        constants.HF_HUB_OFFLINE = True
+    for _ in range(ATTEMPTS):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            return
+        except Exception as error:  # of the client that this client is made with
+            reason = str(error) or type(error).__name__
+    print(
+        f"{constants.ENDPOINT}: nothing answers there ({reason}), so what was fetched before is all there"
+        " is",
+        file=sys.stderr,
+    )
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:  # it has a copy
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True

@@ -79,7 +79,7 @@ def _on_fake_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def counted(model: PreTrainedModel, *known: Tensor) -> Iterator[LiveBytes]:
+def counting(model: PreTrainedModel, *known: Tensor) -> Iterator[LiveBytes]:
     """Beside the model's own tensors and those `known`."""
     own = [*model.parameters(), *model.buffers(), *known]
     with LiveBytes(own) as count:

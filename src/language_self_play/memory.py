@@ -8,7 +8,7 @@ and counting the bytes that are alive: right for every architecture, attention k
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from language_self_play.forward import (
     states,
 )
 from language_self_play.lean_decoder import lean_decoder
-from language_self_play.live_bytes import FullBatch, LiveBytes, counted
+from language_self_play.live_bytes import FullBatch, LiveBytes, counting
 from language_self_play.logprobs import draw_tokens, token_logprobs
 from language_self_play.optimizer import Optimizer, working_copies
 from language_self_play.packing import MicroBatch, completions_at_once
@@ -43,7 +43,6 @@ from language_self_play.policy import add_adapter
 from language_self_play.pretrained import (
     choose_device,
     choose_dtype,
-    context_length,
     load_model_config,
     read,
     resolve_model,
@@ -95,11 +94,13 @@ def memory_estimate(
     turns: list[Turn],
     judging: Turn | None = None,
     evaluated: Sequence[Turn] = (),
+    compared: Mapping[str, Turn] = {},
 ) -> MemoryEstimate:
     """Memory of the policy's device for a step in which every completion is as long as it may be.
 
     `judging` is what the reference is asked as judge: of each pair, a prompt and a reply. `evaluated` are
-    the answers that evaluations take. Not counted: lm-eval's passes, and other programs' models.
+    the answers that evaluations take, `compared` what the judge of each eval.win_rate is asked that has weights
+    here. Not counted: lm-eval's passes, and other programs' models.
     Raises ModelError for a model that can't be had.
     """
     device = choose_device(config.device)
@@ -125,7 +126,7 @@ def memory_estimate(
         if evaluated:
             answers = [_sampling(model, config, turn, shared) for turn in evaluated]
             phases["evaluating"] = _largest(answers)
-            judges, phases["comparing"] = _judges_of_pairs(config, device, evaluated)
+            judges, phases["comparing"] = _judges_of_pairs(config, device, compared)
             models |= judges
     gradients = FLOAT32_BYTES * num_trained
     phases["update"] = {
@@ -331,7 +332,7 @@ def _reading(
 ) -> tuple[int, int, dict[str, int]]:
     """Bytes of the cache of a pass over prompts, what the pass takes beside it, and what is lost."""
     inputs = _ones(model.device, rows, length)
-    with torch.no_grad(), counted(model, inputs) as count:
+    with torch.no_grad(), counting(model, inputs) as count:
         cache = DynamicCache(config=model.config) if kept else None
         model(
             input_ids=inputs,
@@ -370,7 +371,7 @@ def _learning(
         weight.grad = torch.zeros_like(weight)
     gradients = [weight.grad for weight in trained if weight.grad is not None]
     inputs = [value for value in vars(batch).values() if isinstance(value, Tensor)]
-    with FullBatch(), counted(model, *trained, *gradients, *inputs) as count:
+    with FullBatch(), counting(model, *trained, *gradients, *inputs) as count:
         with checkpointed_layers(model, again):
             before = states(model, batch, path).flatten(0, 2)
             kept = count.now
@@ -409,30 +410,24 @@ def _reward_models(
 
 
 def _judges_of_pairs(
-    config: Config, device: torch.device, turns: Sequence[Turn]
+    config: Config, device: torch.device, compared: Mapping[str, Turn]
 ) -> tuple[dict[str, int], dict[str, int]]:
     """As _reward_models, of the models that compare answers for eval.win_rate."""
     weights, passes = {}, [dict[str, int]()]
-    for name, contest in config.eval.win_rate.items():
-        kind, setting = contest.judge.get("kind"), f"eval.win_rate.{name}"
-        if kind == "reward_model":
-            section = RewardModelReward.model_validate(contest.judge)
+    for name, asked in compared.items():
+        judge, setting = config.eval.win_rate[name].judge, f"eval.win_rate.{name}"
+        if judge["kind"] == "reward_model":
+            section = RewardModelReward.model_validate(judge)
             if section.device not in ("auto", config.device, str(device)):
                 continue
             dtype = choose_dtype(section.dtype, device)
             model = _fake_reward_model(f"{setting}.judge.path", section, dtype, device)
-            # The policy's answers, and as many of the baseline.
-            both = [turn._replace(groups=2 * turn.groups) for turn in turns]
-            passes.append(_scoring(model, section, both))
-        elif kind == "local":
-            local = local_judge_config(contest.judge)
+            passes.append(_scoring(model, section, [asked]))
+        else:
+            local = local_judge_config(judge)
             found = load_model_config(local.policy.path)
             model = _fake_model(local, found, choose_dtype("auto", device), device)
-            length = min(context_length(found), max(turn.P + turn.T for turn in turns))
-            asked = Turn(2 * max(t.groups for t in turns), length, 1, local.self_reward.max_tokens)
             passes.append(_judging(model, local, asked, static_path(model).shared_prompt))
-        else:
-            continue  # an endpoint, a function, or the arena's verifier
         weights[f"judge of {setting}"] = sum(p.nbytes for p in model.parameters())
     return weights, _largest(passes)
 
@@ -444,7 +439,7 @@ def _scoring(
     length = min(section.max_tokens, max(turn.P + turn.T for turn in turns))
     pairs = max(turn.groups * turn.K for turn in turns)
     inputs = _ones(model.device, min(pairs, max(1, section.tokens_per_batch // length)), length)
-    with torch.no_grad(), counted(model, inputs) as count:
+    with torch.no_grad(), counting(model, inputs) as count:
         model(input_ids=inputs, attention_mask=inputs, use_cache=False)
     return {"a pass of the reward model": count.most, **_lost(model, count)}
 

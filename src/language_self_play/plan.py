@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from language_self_play.config import Config
 
@@ -30,9 +30,11 @@ def print_plan(config: Config) -> None:
     from language_self_play.memory import memory_estimate
 
     console = Console()
-    questions, evaluated, evaluations = checked(config)
-    turns = longest_turns(config, questions)
-    estimate = memory_estimate(config, list(turns.values()), judge_turn(config), evaluated)
+    found = checked(config)
+    turns = longest_turns(config, found.questions)
+    estimate = memory_estimate(
+        config, list(turns.values()), judge_turn(config), found.evaluated, found.compared
+    )
     table = Table(title="One step", title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
@@ -45,7 +47,7 @@ def print_plan(config: Config) -> None:
             "This model has a kind of attention that knows no shared prompts: a prompt is computed, and in"
             " sampling kept, once for each of its completions."
         )
-    for sentence in evaluations:
+    for sentence in found.costs:
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     console.print("No weights were loaded. Run it without --dry-run to play.")
 
@@ -69,12 +71,19 @@ def _memory_table(estimate: MemoryEstimate) -> Table:
     return table
 
 
-def checked(config: Config) -> tuple[list[Question], list[Turn], list[str]]:
-    """(GRPO's questions, the answers of each evaluation, a sentence for each that costs something).
+class Checked(NamedTuple):
+    """What a run has besides its game."""
 
-    Raises what a run would raise before it loads weights.
-    """
+    questions: list[Question]  # GRPO's
+    evaluated: list[Turn]  # the answers of each evaluation
+    compared: dict[str, Turn]  # what judges of pairs with weights here are asked, by set
+    costs: list[str]  # a sentence for each evaluation that costs something
+
+
+def checked(config: Config) -> Checked:
+    """Raises what a run would raise before it loads weights."""
     from language_self_play.chat import load_chat
+    from language_self_play.evaluate.pair_judges import local_judge_config
     from language_self_play.game import check_without_weights
     from language_self_play.memory import Turn
     from language_self_play.pretrained import context_length, load_model_config
@@ -92,8 +101,17 @@ def checked(config: Config) -> tuple[list[Question], list[Turn], list[str]]:
         return Turn(len(prompts), longest, num_answers, most)
 
     evaluated = [turn(exam, exam.section.num_answers) for exam in measures.exams]
-    evaluated += [turn(contest, 1) for contest in measures.contests]
-    return questions, evaluated, measures.plan()
+    compared = {}
+    for contest in measures.contests:
+        answered = turn(contest, 1)
+        evaluated.append(answered)
+        judge, pairs = contest.section.judge, 2 * answered.groups  # with the baseline's answers
+        if judge.get("kind") == "reward_model":
+            compared[contest.name] = answered._replace(groups=pairs)
+        elif judge.get("kind") == "local":
+            said = answered.P + answered.T
+            compared[contest.name] = asked_of_judge(local_judge_config(judge), pairs, said)
+    return Checked(questions, evaluated, compared, measures.plan())
 
 
 def longest_turns(config: Config, questions: list[Question] | None = None) -> dict[str, Turn]:
@@ -106,7 +124,7 @@ def longest_turns(config: Config, questions: list[Question] | None = None) -> di
     from language_self_play.memory import Turn
 
     if questions is None:
-        questions, _, _ = checked(config)
+        questions = checked(config).questions
     chat = load_chat(config.policy)
     N, G = config.challenger.num_queries, config.solver.group_size
     if config.algorithm == "grpo":
@@ -122,24 +140,28 @@ def longest_turns(config: Config, questions: list[Question] | None = None) -> di
 
 
 def judge_turn(config: Config) -> Turn | None:
-    """What the reference is asked as judge, once for each answer; None in other algorithms.
+    """What the reference is asked as judge, once for each answer; None in other algorithms."""
+    if config.algorithm != "lsp":
+        return None
+    pairs = config.challenger.num_queries * config.solver.group_size
+    return asked_of_judge(config, pairs, config.challenger.max_tokens + config.solver.max_tokens)
 
-    Its prompt is counted from where the prompts of a step begin to differ, in the mode that shares
-    their common beginning.
+
+def asked_of_judge(config: Config, pairs: int, said: int) -> Turn:
+    """What [self_reward] asks of `config`'s policy about `pairs` of a query and an answer, `said` tokens each.
+
+    A prompt is counted from where those of a step begin to differ, in the mode that shares their common
+    beginning.
     """
     from language_self_play.chat import load_chat
     from language_self_play.memory import Turn
     from language_self_play.pretrained import context_length, load_model_config
     from language_self_play.rewards.self_reward import JudgeQuestions
 
-    if config.algorithm != "lsp":
-        return None
     chat, section = load_chat(config.policy), config.self_reward
     model_config = load_model_config(config.policy.path, config.policy.trust_remote_code)
     context = context_length(model_config)
     questions = JudgeQuestions(section, chat, context)
-    pairs = config.challenger.num_queries * config.solver.group_size
-    said = config.challenger.max_tokens + config.solver.max_tokens
     if section.mode == "criteria":
         empty = questions.criterion_prompts([("", "")])
         return Turn(pairs * len(empty), min(max(map(len, empty)) + said, context), 1, 1)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from language_self_play.durable import replace_text
 from language_self_play.errors import InputFileError
 from language_self_play.evaluate.win_rate import BASELINE_WINS, MODEL_WINS, TIE
+from language_self_play.hub import look_for_hub
 from language_self_play.recipe_files import read_text
 from language_self_play.wording import counted
 
@@ -243,6 +244,7 @@ def hub_baseline() -> Path:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
+    look_for_hub()
     try:
         return Path(hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset"))
     except Exception as error:

@@ -71,9 +71,7 @@ class _UnderWay:
         self._is_ended = False
 
     def add(self, connection: http.client.HTTPConnection) -> None:
-        """Connect it. Raises ServerAway once the others were ended."""
-        connection.auto_open = 0  # what was ended stays so
-        connection.connect()
+        """It is connected. Raises ServerAway once the others were ended."""
         self._connections.append(connection)
         if self._is_ended:  # end() may have come before it could be seen there
             raise ServerAway("what it was asked for is no longer wanted")
@@ -152,7 +150,7 @@ class VllmServer:
         self._load(request)
 
     def _take_hold(self) -> None:
-        connection = _connection(self.address, self.timeout_s)
+        connection = self._connected()
         try:
             connection.request("GET", "/lsp/hold", headers=self._headers())
             response = connection.getresponse()
@@ -322,7 +320,7 @@ class VllmServer:
         headers: dict[str, str] | None = None,
         under_way: _UnderWay | None = None,
     ) -> dict[str, Any]:
-        connection = _connection(self.address, self.timeout_s)
+        connection = self._connected()
         try:
             if under_way is not None:
                 under_way.add(connection)
@@ -338,6 +336,16 @@ class VllmServer:
         if status != http.HTTPStatus.OK:
             raise EngineDied(_reason(status, said))
         return _table(said)
+
+    def _connected(self) -> http.client.HTTPConnection:
+        connection = _connection(self.address, CONNECTS_WITHIN_S)
+        connection.auto_open = 0  # what is ended while it is used stays so
+        try:
+            connection.connect()
+        except OSError as error:
+            raise ServerAway(_in_words(error)) from None
+        connection.sock.settimeout(self.timeout_s)
+        return connection
 
     def _headers(self) -> dict[str, str]:
         name = f"process {os.getpid()} on {socket.gethostname()}"
