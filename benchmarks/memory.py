@@ -68,13 +68,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "reward model": ("34M", {"reward": {"main": {"kind": "reward_model", "format": "pair"}}}),
     "long answers compared": (
         "34M",
-        {
-            "eval": {
-                "win_rate": {
-                    "long": {"max_tokens": 900, "judge": {"kind": "local", "rubric": "arena"}}
-                }
-            }
-        },
+        {"eval": {"win_rate": {"long": {"max_tokens": 400, "judge": {"kind": "local"}}}}},
     ),
     "tiny vocabulary": ("30M, tiny vocabulary", {}),
     "float32, tied": ("135M, tied", {}),
@@ -136,7 +130,7 @@ def make_models(folder: Path, case: str) -> None:
         config.architectures = None
         transformers.LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
         tokenizer.save_pretrained(folder / "reward")
-    rows = [json.dumps({"prompt": f"{i}" + "7" * changes.get("prompt", 60)}) for i in range(32)]
+    rows = [json.dumps({"prompt": f"{i}" + "7" * changes.get("prompt", 60)}) for i in range(64)]
     (folder / "queries.jsonl").write_text("\n".join(rows[:8]))
     (folder / "prompts.jsonl").write_text("\n".join(rows))
 
