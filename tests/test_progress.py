@@ -22,6 +22,7 @@ from language_self_play.progress import (
     choose_game,
     game_line,
     headline,
+    in_lines,
     printable,
     time_line,
     two_answers,
@@ -291,6 +292,8 @@ def test_below_the_live_bar_no_part_is_broken_where_a_line_is_too_short_for_all(
         "10 s a step: pose 10%, answer 10%, reward 10%, judge 10%, learn 10%, sync 10%,",
         "eval 10%, save 10%, other 10%  12,345 tokens/s  10.75 GiB",
     ]
+    lines = in_lines("mine win rate 52.0%  held-out 87.3%", 26)
+    assert lines == ["mine win rate 52.0%", "held-out 87.3%"]  # "held-" would fit, too
 
 
 def test_the_live_bars_shares_of_time_are_of_its_newest_step():

@@ -281,7 +281,7 @@ def time_line(record: Record) -> str:
 def in_lines(text: str, width: int) -> list[str]:
     """`text` in lines of at most `width`, broken between its parts (two spaces, a comma), not within one."""
     parts = re.sub(r"(?<![, ]) (?! )", "\0", text)
-    return [line.replace("\0", " ") for line in textwrap.wrap(parts, width)]
+    return [line.replace("\0", " ") for line in textwrap.wrap(parts, width, break_on_hyphens=False)]
 
 
 def choose_game(games: list[Record]) -> Record | None:
