@@ -213,13 +213,13 @@ def test_plain_lines_measure_speed_from_where_a_resumed_run_began(clock):
     assert out.getvalue() == "step 92/3700  2:00:16 left\n"
 
 
-def test_plain_lines_keep_the_last_evaluation_in_sight(clock):
+def test_plain_lines_keep_the_last_evaluation_in_sight_with_its_version(clock):
     out = io.StringIO()
     watcher = PlainLines(steps=10, start=0, every_s=1.0, out=out)
     watcher.step({"step": 0, "reward/mean": 0.5, "eval/sampled_accuracy": 0.25}, [])
     clock.s += 9
     watcher.step({"step": 1, "reward/mean": 0.75}, [])
-    assert out.getvalue().splitlines()[1].endswith("held-out 25.0% (step 0)  V̄ 0.75")
+    assert out.getvalue().splitlines()[1].endswith("held-out 25.0% (version 0)  V̄ 0.75")
 
 
 def test_plain_lines_show_no_games_if_none_are_wanted(clock):
@@ -307,14 +307,14 @@ def test_the_live_bars_shares_of_time_are_of_its_newest_step():
     assert "eval" not in last  # 5 s of the step before would be 250 %
 
 
-def test_the_live_bar_says_of_which_step_an_older_evaluation_is():
+def test_the_live_bar_says_of_which_version_an_older_evaluation_is():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=200, color_system=None)
     with LiveBar(steps=10, start=0, every_s=0.0, console=console) as bar:
         bar.step({"step": 0, "eval/m/win_rate": 0.5, "eval/m/equal_answers": 1.0}, [])
         bar.step({"step": 1, "eval/m/win_rate": 0.625, "eval/m/equal_answers": 0.0}, [])
         bar.step({"step": 2}, [])
-    assert "\nm win rate 62.5% (+12.5, step 1)\n" in out.getvalue()
+    assert "\nm win rate 62.5% (+12.5, version 1)\n" in out.getvalue()
 
 
 def test_the_live_bar_shows_markup_and_emoji_names_as_they_were_written():
