@@ -466,7 +466,7 @@ def test_the_summary_states_a_win_rate_as_lsp_eval_does_and_says_what_was_not_ju
     low, high = win_rate_interval([2.0, 2.0, 1.0, 1.5, 2.0])
     stated = f"70.0 [{low:.1f}, {high:.1f}]"
     said = (
-        "m win rate in %: 50.0 [50.0, 50.0] at step 0 (6 of 6 pairs equal, not asked),"
+        "m win rate in %: 50.0 at step 0 (6 of 6 pairs equal, not asked),"
         f" {stated} at step 4 (1 of 6 pairs equal, not asked; 1 without a verdict), +20.0"
     )
     assert f"\n{said}\n" in summary(run, width=400)
@@ -482,10 +482,33 @@ def test_the_summary_says_of_a_win_rate_that_no_later_step_had_a_verdict(tmp_pat
     for step, preference in ((0, 1.5), (5, None)):
         questions = pairs(preference)
         run.record({"step": step, **win_rate_metrics("m", questions)}, [], questions)
-    assert (
-        "m win rate in %: 50.0 [50.0, 50.0] at step 0 (1 of 1 pair equal, not asked), no verdict"
-        in (summary(run, width=400))
+    assert "m win rate in %: 50.0 at step 0 (1 of 1 pair equal, not asked), no verdict" in (
+        summary(run, width=400)
     )
+
+
+def test_the_summary_reads_each_evaluation_once_and_does_without_a_damaged_one(
+    tmp_path, monkeypatch
+):
+    run = RunFolder(tmp_path / "r")
+    run.create(CONFIG)
+    for step, *preferences in ((0, *[1.5] * 4), (5, 2.0, 2.0, 1.0, 1.5)):
+        questions = [q | {"set": name} for name in "ab" for q in pairs(*preferences)]
+        metrics = {k: v for name in "ab" for k, v in win_rate_metrics(name, questions[:4]).items()}
+        run.record({"step": step, **metrics}, [], questions)
+    read = []
+    evaluation = RunFolder.evaluation
+    monkeypatch.setattr(RunFolder, "evaluation", lambda r, s: read.append(s) or evaluation(r, s))
+    whole = summary(run, width=400)
+    assert sorted(read) == [0, 5]
+    half = 100 * list(run.metrics())[-1]["eval/a/win_rate_ci95"]
+    file = run.evaluations_folder / "step-000005.jsonl"
+    for damaged in (file.read_bytes()[:-9], b"\xff\n", b"7\n"):
+        file.write_bytes(damaged)
+        for name in "ab":
+            first = f"{name} win rate in %: 50.0 at step 0 (4 of 4 pairs equal, not asked), 62.5"
+            assert f"{first} [" in whole
+            assert f"\n{first} ± {half:.1f} at step 5, +12.5\n" in summary(run, width=400)
 
 
 def test_the_three_games_are_the_easiest_the_middle_and_the_hardest_of_the_last_step(finished_run):
