@@ -558,6 +558,11 @@ def test_a_flag_of_other_measures_is_answered_by_the_one_that_writes_a_table(fla
     )
 
 
+def test_a_mistyped_run_is_named_and_nothing_else(capsys):
+    assert main(["eval", "table", "runs/lps"]) == 2
+    assert capsys.readouterr().err == "lsp: runs/lps: no such run or file of results\n"
+
+
 def test_a_picture_without_matplotlib_names_the_extra(monkeypatch: Any, capsys: Any):
     import sys
 

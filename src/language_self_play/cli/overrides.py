@@ -52,21 +52,19 @@ def split_overrides(
 def _nearest(name: str, own: Collection[str], settings: Collection[str]) -> str:
     """`did you mean --judge.model?`, of `--juge.model`; nothing where no flag that exists is near."""
     section, dot, field = name.partition(".")
-    flags = {f"--{s}" for s in settings if not dot or _has_field(s, field)} | set(
-        () if dot else own
-    )
+    if dot:
+        settings, own = [s for s in settings if _has_field(s, field)], ()
+    flags = {*own, *(f"--{s}" for s in settings)}
     near = difflib.get_close_matches(section, sorted(flags), n=1, cutoff=NEAR)
     return f"did you mean {near[0]}{dot}{field}?" if near else ""
 
 
 def _has_field(section: str, field: str) -> bool:
     """Whether some `….section.field` is a setting; a judge's are those of rewards and of self_reward."""
-    names = [setting.name for setting in fields(Config)]
     if section == "judge":
-        return (
-            field == "kind" or {f"reward.NAME.{field}", f"self_reward.{field}"} & {*names} != set()
-        )
-    return any(name.endswith(f".{section}.{field}") for name in names)
+        places = (f"reward.NAME.{field}", f"self_reward.{field}")
+        return field == "kind" or any(setting.name in places for setting in fields(Config))
+    return any(setting.name.endswith(f".{section}.{field}") for setting in fields(Config))
 
 
 def _flag_below(name: str) -> str | None:
