@@ -204,6 +204,16 @@ def test_a_verdict_does_not_move_with_the_place_among_others(prompts: str, run: 
     assert [q["preference"] for q in found.questions] == [2.0, 1.5, 1.5]
 
 
+def test_the_plan_says_how_often_the_judge_compares(prompts: str):
+    # Of two evaluations step 0's own asks nothing.
+    assert (
+        contest(prompts)
+        .plan(2)
+        .startswith("eval.win_rate.mine: 3 answers against step-0, judged once. At most")
+    )
+    assert "step-0, judged 2 times. At most" in contest(prompts).plan(3)
+
+
 def test_the_length_control_of_ties_alone_is_a_half(prompts: str, run: RunFolder):
     found = contest(prompts).compare(answered("a", "bb", "c"), 0, run)
     assert found.metrics["eval/mine/length_controlled_win_rate"] == pytest.approx(0.5, abs=1e-9)
