@@ -505,6 +505,13 @@ def test_play_refuses_a_recipe_without_rewards_or_plays_it_but_never_fails(
     assert capsys.readouterr().err == "lsp: ./nothere: no such folder\n"
 
 
+def test_play_takes_its_model_from_the_argument_alone(capsys):
+    assert main(["play", "arena", "--policy.path", "./other"]) == 2
+    assert capsys.readouterr().err == (
+        "lsp: --policy.path ./other: the model to play is MODEL = 'arena'; name it there\n"
+    )
+
+
 def test_play_is_not_misled_by_a_config_toml_that_is_no_runs(tmp_path, monkeypatch):
     from language_self_play.cli.play import config_for
 

@@ -99,7 +99,8 @@ def test_metrics_are_fractions_over_the_judged_pairs_and_strict_ones_count_both_
         "eval/m/win_rate/a": 0.875,
         "eval/m/win_rate_ci95/a": 0.125,  # of 1 and 0.75 the ends themselves
         "eval/m/win_rate/b": 0.0,
-        "eval/m/win_rate_ci95/b": 0.0,  # of one pair itself
+        # Wilson's of one 0: 3.841459 / 2 / (1 + 3.841459)
+        "eval/m/win_rate_ci95/b": pytest.approx(0.396726, rel=1e-5),
         "eval/m/strict_win_rate": 0.5,  # 3 of 6 judgements
         "eval/m/length_controlled_win_rate": pytest.approx(
             length_controlled_win_rate([2.0, 1.75, 1.0], [5, 5, 5], [13, 5, 4]).win_rate / 100
@@ -203,10 +204,21 @@ def test_a_verdict_does_not_move_with_the_place_among_others(prompts: str, run: 
     assert [q["preference"] for q in found.questions] == [2.0, 1.5, 1.5]
 
 
+def test_the_plan_says_how_often_the_judge_compares(prompts: str):
+    # Of two evaluations step 0's own asks nothing.
+    assert (
+        contest(prompts)
+        .plan(2)
+        .startswith("eval.win_rate.mine: 3 answers against step-0, judged once. At most")
+    )
+    assert "step-0, judged 2 times. At most" in contest(prompts).plan(3)
+
+
 def test_the_length_control_of_ties_alone_is_a_half(prompts: str, run: RunFolder):
     found = contest(prompts).compare(answered("a", "bb", "c"), 0, run)
     assert found.metrics["eval/mine/length_controlled_win_rate"] == pytest.approx(0.5, abs=1e-9)
-    assert found.metrics["eval/mine/win_rate_ci95"] == 0.0
+    # Wilson's of three ½: 1.959964 √(¼ / 3 + 3.841459 / 36) / (1 + 3.841459 / 3)
+    assert found.metrics["eval/mine/win_rate_ci95"] == pytest.approx(0.374666, rel=1e-5)
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

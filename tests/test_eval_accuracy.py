@@ -194,6 +194,22 @@ BAD = {
         ["sums.jsonl", "--vlm.python=x"],
         "--vlm.python: no such flag; did you mean --vllm.python?",
     ),
+    "a section that is near, without that field": (
+        ["sums.jsonl", "--vlm.acuracy", "x"],
+        "--vlm.acuracy: no such flag; --help lists",
+    ),
+    "a section that is not near": (
+        ["sums.jsonl", "--eval.accuracy", "x"],
+        "--eval.accuracy: no such flag; --help lists",
+    ),
+    "a flag that is not near": (
+        ["sums.jsonl", "--policy", "x"],
+        "--policy: no such flag; --help lists",
+    ),
+    "a table": (
+        ["sums.jsonl", "--vllm", "x"],
+        "--vllm: no such flag; its settings are, such as --vllm.server",
+    ),
     "what is no flag": (
         ["sums.jsonl", "--wherever", "x"],
         "--wherever: no such flag; --help lists",

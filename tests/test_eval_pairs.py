@@ -349,7 +349,8 @@ def test_a_judges_score_that_is_not_finite_has_an_exit_code_of_its_own(prompts, 
     theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
     judge = ["--judge.kind", "python", "--judge.function", "nan_judge:score"]
     assert main(["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge]) == 3
-    assert capsys.readouterr().err.splitlines()[-1].startswith("lsp: --judge: returned 1e+39 for")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("lsp: --judge.function = 'nan_judge:score': returned 1e+39 for")
 
 
 def test_figures_go_where_the_shell_leads_them(tmp_path):

@@ -164,7 +164,7 @@ def test_plain_lines_compare_with_the_first_record_also_after_a_resume():
         if first is None:
             lines.step({"step": 0, "eval/a/accuracy": 0.5}, [])
         lines.step({"step": 8, "eval/a/accuracy": 0.75}, [])
-        assert "a 75.0% (+25.0)" in out.getvalue().splitlines()[-1]
+        assert "a 75.0% (+25.0)" in out.getvalue().splitlines()[-2]  # above the ending
 
 
 def test_the_summary_shows_each_set_before_and_after(run: RunFolder):

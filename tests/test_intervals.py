@@ -11,6 +11,7 @@ from language_self_play.evaluate.intervals import (
     mean_interval,
     normal_interval,
     paired_bootstrap_p,
+    resampled_interval,
     wilson_interval,
 )
 from language_self_play.evaluate.pass_at_k import pass_at_k
@@ -41,6 +42,13 @@ def test_wilsons_interval_lies_nearer_to_a_half_than_the_share():
 def test_shares_get_wilsons_interval_and_other_means_the_normal_one():
     assert mean_interval([1.0, 1.0, 0.0]) == wilson_interval([1.0, 1.0, 0.0])
     assert mean_interval([1.0, 0.5, 0.0]) == normal_interval([1.0, 0.5, 0.0])
+
+
+def test_shares_get_wilsons_interval_and_other_means_the_bootstraps():
+    assert resampled_interval([1.0, 1.0, 0.0]) == wilson_interval([1.0, 1.0, 0.0])
+    assert resampled_interval([0.25] * 3) == wilson_interval([0.25] * 3)
+    values = [1.0, 0.5, 0.0, 0.25]
+    assert resampled_interval(values) == (0.4375, *bootstrap_interval(values))
 
 
 def test_one_value_and_equal_ones_have_an_interval_that_is_no_point():

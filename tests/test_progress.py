@@ -22,6 +22,7 @@ from language_self_play.progress import (
     choose_game,
     game_line,
     headline,
+    in_lines,
     printable,
     time_line,
     two_answers,
@@ -212,13 +213,13 @@ def test_plain_lines_measure_speed_from_where_a_resumed_run_began(clock):
     assert out.getvalue() == "step 92/3700  2:00:16 left\n"
 
 
-def test_plain_lines_keep_the_last_evaluation_in_sight(clock):
+def test_plain_lines_keep_the_last_evaluation_in_sight_with_its_version(clock):
     out = io.StringIO()
     watcher = PlainLines(steps=10, start=0, every_s=1.0, out=out)
     watcher.step({"step": 0, "reward/mean": 0.5, "eval/sampled_accuracy": 0.25}, [])
     clock.s += 9
     watcher.step({"step": 1, "reward/mean": 0.75}, [])
-    assert out.getvalue().splitlines()[1].endswith("held-out 25.0% (step 0)  V̄ 0.75")
+    assert out.getvalue().splitlines()[1].endswith("held-out 25.0% (version 0)  V̄ 0.75")
 
 
 def test_plain_lines_show_no_games_if_none_are_wanted(clock):
@@ -291,6 +292,8 @@ def test_below_the_live_bar_no_part_is_broken_where_a_line_is_too_short_for_all(
         "10 s a step: pose 10%, answer 10%, reward 10%, judge 10%, learn 10%, sync 10%,",
         "eval 10%, save 10%, other 10%  12,345 tokens/s  10.75 GiB",
     ]
+    lines = in_lines("mine win rate 52.0%  held-out 87.3%", 26)
+    assert lines == ["mine win rate 52.0%", "held-out 87.3%"]  # "held-" would fit, too
 
 
 def test_the_live_bars_shares_of_time_are_of_its_newest_step():
@@ -304,14 +307,14 @@ def test_the_live_bars_shares_of_time_are_of_its_newest_step():
     assert "eval" not in last  # 5 s of the step before would be 250 %
 
 
-def test_the_live_bar_says_of_which_step_an_older_evaluation_is():
+def test_the_live_bar_says_of_which_version_an_older_evaluation_is():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=200, color_system=None)
     with LiveBar(steps=10, start=0, every_s=0.0, console=console) as bar:
         bar.step({"step": 0, "eval/m/win_rate": 0.5, "eval/m/equal_answers": 1.0}, [])
         bar.step({"step": 1, "eval/m/win_rate": 0.625, "eval/m/equal_answers": 0.0}, [])
         bar.step({"step": 2}, [])
-    assert "\nm win rate 62.5% (+12.5, step 1)\n" in out.getvalue()
+    assert "\nm win rate 62.5% (+12.5, version 1)\n" in out.getvalue()
 
 
 def test_the_live_bar_shows_markup_and_emoji_names_as_they_were_written():
@@ -463,7 +466,7 @@ def test_the_summary_states_a_win_rate_as_lsp_eval_does_and_says_what_was_not_ju
     low, high = win_rate_interval([2.0, 2.0, 1.0, 1.5, 2.0])
     stated = f"70.0 [{low:.1f}, {high:.1f}]"
     said = (
-        "m win rate in %: 50.0 [50.0, 50.0] at step 0 (6 of 6 pairs equal, not asked),"
+        "m win rate in %: 50.0 at step 0 (6 of 6 pairs equal, not asked),"
         f" {stated} at step 4 (1 of 6 pairs equal, not asked; 1 without a verdict), +20.0"
     )
     assert f"\n{said}\n" in summary(run, width=400)
@@ -479,10 +482,33 @@ def test_the_summary_says_of_a_win_rate_that_no_later_step_had_a_verdict(tmp_pat
     for step, preference in ((0, 1.5), (5, None)):
         questions = pairs(preference)
         run.record({"step": step, **win_rate_metrics("m", questions)}, [], questions)
-    assert (
-        "m win rate in %: 50.0 [50.0, 50.0] at step 0 (1 of 1 pair equal, not asked), no verdict"
-        in (summary(run, width=400))
+    assert "m win rate in %: 50.0 at step 0 (1 of 1 pair equal, not asked), no verdict" in (
+        summary(run, width=400)
     )
+
+
+def test_the_summary_reads_each_evaluation_once_and_does_without_a_damaged_one(
+    tmp_path, monkeypatch
+):
+    run = RunFolder(tmp_path / "r")
+    run.create(CONFIG)
+    for step, *preferences in ((0, *[1.5] * 4), (5, 2.0, 2.0, 1.0, 1.5)):
+        questions = [q | {"set": name} for name in "ab" for q in pairs(*preferences)]
+        metrics = {k: v for name in "ab" for k, v in win_rate_metrics(name, questions[:4]).items()}
+        run.record({"step": step, **metrics}, [], questions)
+    read = []
+    evaluation = RunFolder.evaluation
+    monkeypatch.setattr(RunFolder, "evaluation", lambda r, s: read.append(s) or evaluation(r, s))
+    whole = summary(run, width=400)
+    assert sorted(read) == [0, 5]
+    half = 100 * list(run.metrics())[-1]["eval/a/win_rate_ci95"]
+    file = run.evaluations_folder / "step-000005.jsonl"
+    for damaged in (file.read_bytes()[:-9], b"\xff\n", b"7\n"):
+        file.write_bytes(damaged)
+        for name in "ab":
+            first = f"{name} win rate in %: 50.0 at step 0 (4 of 4 pairs equal, not asked), 62.5"
+            assert f"{first} [" in whole
+            assert f"\n{first} ± {half:.1f} at step 5, +12.5\n" in summary(run, width=400)
 
 
 def test_the_three_games_are_the_easiest_the_middle_and_the_hardest_of_the_last_step(finished_run):

@@ -14,7 +14,11 @@ import pytest
 from language_self_play import Config, self_play
 from language_self_play.cli import main
 from language_self_play.errors import ConfigError, InputFileError, RunFolderError
-from language_self_play.evaluate.intervals import bootstrap_interval, paired_bootstrap_p
+from language_self_play.evaluate.intervals import (
+    bootstrap_interval,
+    paired_bootstrap_p,
+    wilson_interval,
+)
 from language_self_play.evaluate.outputs import SUBSETS
 from language_self_play.evaluate.scores import (
     STRICT_WIN_RATE,
@@ -76,7 +80,7 @@ def test_accuracies_are_compared_with_the_base_question_by_question():
     base, lsp = (row.cells[ALL] for row in table.rows)
     assert (base.n, base.mean, base.p, base.difference) == (4, 0.5, None, None)
     assert (lsp.mean, lsp.difference) == (0.75, 0.25)
-    assert (lsp.low, lsp.high) == bootstrap_interval([0, 1, 1, 1])
+    assert (lsp.mean, lsp.low, lsp.high) == wilson_interval([0, 1, 1, 1])
     assert (lsp.difference_low, lsp.difference_high) == bootstrap_interval([0, 1, 0, 0])
     assert lsp.p == paired_bootstrap_p([0, 1, 1, 1], [0, 0, 1, 1])
 
@@ -552,6 +556,11 @@ def test_a_flag_of_other_measures_is_answered_by_the_one_that_writes_a_table(fla
     assert (
         said == f"lsp: {flag[0][:6].strip('=')}: no such flag; a table is written by --write FILE\n"
     )
+
+
+def test_a_mistyped_run_is_named_and_nothing_else(capsys):
+    assert main(["eval", "table", "runs/lps"]) == 2
+    assert capsys.readouterr().err == "lsp: runs/lps: no such run or file of results\n"
 
 
 def test_a_picture_without_matplotlib_names_the_extra(monkeypatch: Any, capsys: Any):

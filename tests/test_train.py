@@ -377,7 +377,10 @@ def test_a_reward_that_is_not_finite_names_query_and_answer(tmp_path, monkeypatc
     monkeypatch.syspath_prepend(str(tmp_path))
     reward = {"answer": {"kind": "python", "function": "bad_reward:reward"}}
     table = {**small().model_dump(), "reward": reward}
-    with pytest.raises(NonFiniteError, match=r"reward\.answer: returned nan for query"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"reward\.answer\.function = 'bad_reward:reward': returned nan for query",
+    ):
         self_play(Config.from_table(table), tmp_path / "run")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from language_self_play.evaluate.intervals import wilson_interval
 from language_self_play.evaluate.pair_report import repeated_answer
 from language_self_play.evaluate.win_rate import position_bias, win_rate, win_rate_interval
 
@@ -36,7 +37,14 @@ def test_the_interval_is_in_percent_and_of_the_mean_of_the_preferences_less_1():
     low, high = win_rate_interval([2.0] * 300 + [1.0] * 100)
     assert low == pytest.approx(75 - 4.24, abs=0.5)
     assert high == pytest.approx(75 + 4.24, abs=0.5)
-    assert win_rate_interval([2.0] * 9) == (100.0, 100.0)
+
+
+@pytest.mark.parametrize("preferences", [[2.0] * 9, [1.0] * 9, [2.0], [1.75], [1.5] * 9])
+def test_pairs_that_all_go_the_same_way_have_an_interval_that_is_no_point(preferences):
+    low, high = win_rate_interval(preferences)
+    of_wilson = wilson_interval([p - 1 for p in preferences])
+    assert (low, high) == (100 * of_wilson.low, 100 * of_wilson.high)
+    assert high - low > 25
 
 
 def test_a_judge_that_always_prefers_the_first_answer_is_found_out():

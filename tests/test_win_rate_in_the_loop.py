@@ -294,17 +294,17 @@ def test_the_headline_shows_win_rates_with_their_difference_to_step_0():
     assert headline(later, first) == "mine win rate 62.5% (+12.5)  lsp_sums acc 50.0% (-25.0)"
 
 
-def test_the_headline_says_which_step_a_win_rate_is_of_and_what_was_not_judged():
+def test_the_headline_says_which_version_a_win_rate_is_of_and_what_was_not_judged():
     record = {"step": 9, "eval/mine/win_rate": 0.5, "eval/mine/unjudged": 0.125}
     record["eval/mine/equal_answers"] = 0.75
     said = "75% of pairs equal, not asked, 12% without a verdict"
     assert headline(record, record) == f"mine win rate 50.0% ({said})"
     judged = dict.fromkeys(record, 4)
-    assert headline(record, record, judged) == f"mine win rate 50.0% (step 4, {said})"
+    assert headline(record, record, judged) == f"mine win rate 50.0% (version 4, {said})"
     # The newest evaluation has no win rate, and its pairs are not those of the one that is shown.
     in_vain = judged | {"eval/mine/unjudged": 8, "eval/mine/equal_answers": 8}
     assert headline(record, record, in_vain) == (
-        "mine win rate 50.0% (step 4, no verdict at step 8)"
+        "mine win rate 50.0% (version 4, no verdict of version 8)"
     )
 
 

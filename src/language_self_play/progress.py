@@ -1,6 +1,7 @@
 """Watching a run while it plays: a live bar on a terminal, plain lines elsewhere. Never torch.
 
-Both count the steps that are played, 1 to S; records and files are numbered 0 to S − 1.
+Both count the steps that are played, 1 to S; records and files are numbered 0 to S − 1, as are the
+versions of the weights that evaluations are of.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def headline(
     """The numbers that matter: accuracies and win rates, V̄, V_Q, KL of both roles, validity.
 
     An evaluation stands with its difference to that of the record `first`, in percentage points, and with
-    its step where `steps` has an older one than the record's.
+    the version of the weights that it is of, where `steps` has an older step than the record's.
     """
     parts = []
     for key, name in evaluations(record).items():
@@ -216,14 +217,14 @@ def headline(
 
 
 def _notes(record: Record, key: str, steps: Mapping[str, int]) -> list[str]:
-    """Which step an evaluation is of, if not the record's; of a win rate the pairs that nobody judged."""
+    """Which version an evaluation is of, if not the record's; of a win rate the pairs that nobody judged."""
     step = steps.get(key, record["step"])
-    notes = [] if step == record["step"] else [f"step {step}"]
+    notes = [] if step == record["step"] else [f"version {step}"]
     if not key.endswith(WIN_RATE):
         return notes
     of_set = key.removesuffix(WIN_RATE)
     if (newest := steps.get(f"{of_set}/unjudged", step)) != step:
-        return [*notes, f"no verdict at step {newest}"]
+        return [*notes, f"no verdict of version {newest}"]
     if equal := record.get(f"{of_set}/equal_answers"):
         notes.append(f"{equal:.0%} of pairs equal, not asked")
     if unjudged := record.get(f"{of_set}/unjudged"):
@@ -281,7 +282,7 @@ def time_line(record: Record) -> str:
 def in_lines(text: str, width: int) -> list[str]:
     """`text` in lines of at most `width`, broken between its parts (two spaces, a comma), not within one."""
     parts = re.sub(r"(?<![, ]) (?! )", "\0", text)
-    return [line.replace("\0", " ") for line in textwrap.wrap(parts, width)]
+    return [line.replace("\0", " ") for line in textwrap.wrap(parts, width, break_on_hyphens=False)]
 
 
 def choose_game(games: list[Record]) -> Record | None:

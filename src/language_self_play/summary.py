@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import cache, partial
 from typing import Any
 
 from language_self_play.arena.tasks import TIERS
@@ -84,6 +85,7 @@ def accuracy_table(before: Record, after: Record) -> Any:
 def changes_of_sets(run: RunFolder, records: list[Record]) -> list[str]:
     """A line for each set: accuracy or win rate at its first and its last evaluation, and the change."""
     lines = []
+    asked = cache(partial(_questions, run))
     for key, name in evaluations({k: None for record in records for k in record}).items():
         measured = [r for r in records if key in r and f"{key}_ci95" in r]
         if key == "eval/sampled_accuracy" or not measured:
@@ -91,10 +93,10 @@ def changes_of_sets(run: RunFolder, records: list[Record]) -> list[str]:
         first, last = measured[0], measured[-1]
         unjudged = f"{key.removesuffix(WIN_RATE)}/unjudged"
         in_vain = [r["step"] for r in records if r["step"] > last["step"] and unjudged in r]
-        said = [_stated(run, first, key)]
+        said = [_stated(asked(first["step"]), first, key)]
         if first is not last:
             change = 100 * (last[key] - first[key])
-            said += [_stated(run, last, key), f"{change:+.1f}"]
+            said += [_stated(asked(last["step"]), last, key), f"{change:+.1f}"]
         said += [f"no verdict at step {in_vain[-1]}"] if in_vain else []
         if len(said) > 1:
             what = f"{name}, accuracy" if key.endswith("/accuracy") else name
@@ -102,25 +104,39 @@ def changes_of_sets(run: RunFolder, records: list[Record]) -> list[str]:
     return lines
 
 
-def _stated(run: RunFolder, record: Record, key: str) -> str:
-    """An evaluation with its 95 % interval, as `lsp eval` states it; of a win rate what was not judged."""
+def _questions(run: RunFolder, step: int) -> dict[str, list[Record]]:
+    """The questions of each set that version `step` was asked; none where their file is damaged."""
+    sets: dict[str, list[Record]] = {}
+    try:
+        for question in run.evaluation(step):
+            sets.setdefault(question["set"], []).append(question)
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    return sets
+
+
+def _stated(sets: dict[str, list[Record]], record: Record, key: str) -> str:
+    """An evaluation with its 95 % interval, as `lsp eval` states it; of a win rate what was not judged.
+
+    lm-eval's, and what has no questions (any more), with half of it as its record has it.
+    """
     name = key.removeprefix("eval/").rpartition("/")[0]
-    questions = [q for q in run.evaluation(record["step"]) if q.get("set") == name]
-    mean, half = record[key], record[f"{key}_ci95"]
-    low, high = 100 * (mean - half), 100 * (mean + half)  # lm-eval's, and where the file has gone
-    notes = []
-    if questions and key.endswith(WIN_RATE):
+    questions = sets.get(name)
+    interval, notes = f" ± {100 * record[f'{key}_ci95']:.1f}", []
+    if key.endswith(WIN_RATE) and questions:
         preferences = [q["preference"] for q in questions if q["preference"] is not None]
         low, high = win_rate_interval(preferences)
         equal = sum(q["answer"] == q["baseline"] for q in questions)
+        # Where all are equal nothing was measured: it is a half, whatever the prompts.
+        interval = "" if equal == len(questions) else f" [{low:.1f}, {high:.1f}]"
         notes += [f"{equal} of {counted(len(questions), 'pair')} equal, not asked"] if equal else []
         without = len(questions) - len(preferences)
         notes += [f"{without} without a verdict"] if without else []
     elif questions:
-        interval = set_intervals(name, questions, [1])[key]
-        low, high = 100 * interval.low, 100 * interval.high
+        found = set_intervals(name, questions, [1])[key]
+        interval = f" [{100 * found.low:.1f}, {100 * found.high:.1f}]"
     noted = f" ({'; '.join(notes)})" if notes else ""
-    return f"{100 * mean:.1f} [{low:.1f}, {high:.1f}] at step {record['step']}{noted}"
+    return f"{100 * record[key]:.1f}{interval} at step {record['step']}{noted}"
 
 
 def three_games(run: RunFolder, records: list[Record]) -> list[Record]:

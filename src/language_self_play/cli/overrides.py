@@ -12,6 +12,9 @@ from language_self_play.errors import ConfigError
 from language_self_play.recipe_files import merge
 from language_self_play.settings import fields, flag_of_table
 
+# How like a flag a typing error of it is, from 0 to 1; --policy is 0.67 like --split.
+NEAR = 0.75
+
 
 def split_overrides(
     arguments: list[str], own: Collection[str], settings: Collection[str] | None = None
@@ -31,7 +34,9 @@ def split_overrides(
             rest.append(argument)
             continue
         known = settings is not None and name.removeprefix("--").split(".")[0] in settings
-        hint = "" if known else _nearest(name, {*own, *(f"--{s}" for s in settings or ())})
+        if known and (below := _flag_below(name)):
+            raise ConfigError(f"{name}: no such flag; its settings are, such as {below}")
+        hint = "" if known else _nearest(name, own, settings or ())
         if settings is not None and not known:
             raise ConfigError(f"{name}: no such flag; {hint or '--help lists them'}")
         if not equals:
@@ -44,11 +49,31 @@ def split_overrides(
     return rest, table
 
 
-def _nearest(name: str, flags: Collection[str]) -> str:
-    """`did you mean --judge.model?`, of `--juge.model`; nothing where no flag is near."""
+def _nearest(name: str, own: Collection[str], settings: Collection[str]) -> str:
+    """`did you mean --judge.model?`, of `--juge.model`; nothing where no flag that exists is near."""
     section, dot, field = name.partition(".")
-    near = difflib.get_close_matches(section, sorted(flags), n=1)
+    if dot:
+        settings, own = [s for s in settings if _has_field(s, field)], ()
+    flags = {*own, *(f"--{s}" for s in settings)}
+    near = difflib.get_close_matches(section, sorted(flags), n=1, cutoff=NEAR)
     return f"did you mean {near[0]}{dot}{field}?" if near else ""
+
+
+def _has_field(section: str, field: str) -> bool:
+    """Whether some `….section.field` is a setting; a judge's are those of rewards and of self_reward."""
+    if section == "judge":
+        places = (f"reward.NAME.{field}", f"self_reward.{field}")
+        return field == "kind" or any(setting.name in places for setting in fields(Config))
+    return any(setting.name.endswith(f".{section}.{field}") for setting in fields(Config))
+
+
+def _flag_below(name: str) -> str | None:
+    """`--vllm.server`, of `--vllm`, which stands for a table within a section; None of other flags."""
+    for setting in fields(Config):
+        _, found, below = setting.name.partition(f".{name.removeprefix('--')}.")
+        if found:
+            return f"{name}.{below}"
+    return None
 
 
 def parse_override(name: str, value: str) -> dict[str, Any]:

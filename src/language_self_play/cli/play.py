@@ -52,6 +52,10 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(own)
     if options.games < 1:
         raise ConfigError(f"--games {options.games}: must be at least 1")
+    if isinstance(policy := overrides.get("policy"), dict) and "path" in policy:
+        raise ConfigError(
+            f"--policy.path {policy['path']}: the model to play is MODEL = {options.model!r}; name it there"
+        )
     config = config_for(options.model, options.recipe, overrides)
     resolve_model(config.policy.path)  # a typing error is told before torch is imported
 

@@ -149,8 +149,9 @@ class Contest:
         whose = section.baseline
         times -= whose == STEP_0
         most = judge.bound([p.instruction for p in self.prompted], section.max_tokens)
+        often = "once" if times == 1 else f"{times} times"
         said = (
-            f"{self.setting}: {len(self.prompted)} answers against {whose}, judged {times} times."
+            f"{self.setting}: {len(self.prompted)} answers against {whose}, judged {often}."
             f" At most {most.requests:,} "
         )
         if not judge.sees_order:

@@ -59,8 +59,21 @@ def wilson_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """Of values from 0 to 1: the normal interval, but Wilson's where every value is 0 or 1 or all are equal."""
-    no_spread = all(value in (0, 1) for value in values) or len(set(values)) == 1
-    return (wilson_interval if no_spread else normal_interval)(values, level)
+    return (wilson_interval if _are_shares(values) else normal_interval)(values, level)
+
+
+def resampled_interval(
+    values: Sequence[float], level: float = 0.95, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """The same with the bootstrap in place of the normal interval: of a few values not beyond 0 and 1."""
+    if _are_shares(values):
+        return wilson_interval(values, level)
+    low, high = bootstrap_interval(values, level, seed, resamples)
+    return Interval(math.fsum(values) / len(values), low, high)
+
+
+def _are_shares(values: Sequence[float]) -> bool:
+    return all(value in (0, 1) for value in values) or len(set(values)) == 1
 
 
 def bootstrap_interval(

@@ -64,9 +64,7 @@ def read_measured(argument: str) -> tuple[Measured, Measured | None]:
         label, named = "", argument
     path = Path(named)
     if not path.exists():
-        raise InputFileError(
-            f"{named}: no such run or file of results (a table is written by --write FILE)"
-        )
+        raise InputFileError(f"{named}: no such run or file of results")
     if path.is_dir() and not (path / "annotations.json").is_file():
         return _read_run(label, path)
     # The folder is one that `lsp eval alpaca` or `win-rate` left, whose verdicts lie in it.

@@ -1,6 +1,6 @@
 """The paper's table: base, GRPO, LSP-Zero, LSP and what was trained on from them, by subset or tier.
 
-Each cell has a percentile bootstrap interval; each is tested against the base's by paired bootstrap over
+Each cell has a 95 % interval; each is tested against the base's by paired bootstrap over
 the same questions (intervals.py). Never torch.
 """
 
@@ -12,7 +12,11 @@ from dataclasses import dataclass, replace
 
 from language_self_play.arena.tasks import TIERS
 from language_self_play.errors import ConfigError, InputFileError
-from language_self_play.evaluate.intervals import bootstrap_interval, paired_bootstrap_p
+from language_self_play.evaluate.intervals import (
+    bootstrap_interval,
+    paired_bootstrap_p,
+    resampled_interval,
+)
 from language_self_play.evaluate.outputs import SUBSETS
 from language_self_play.evaluate.scores import (
     ALPACA,
@@ -237,8 +241,7 @@ def _cell(scores: Scores, base: Scores | None, groups: dict[str, str], group: st
     values = [scores.values[q] for q in chosen]
     if not values:
         return Cell(0, math.nan, math.nan, math.nan)
-    mean = sum(values) / len(values)
-    cell = Cell(len(values), mean, *bootstrap_interval(values))
+    cell = Cell(len(values), *resampled_interval(values))
     if base is None:
         return cell
     both = [q for q in chosen if q in base.values]  # all, but for pairs without a verdict

@@ -16,7 +16,7 @@ from language_self_play.wording import counted
 
 SIGNIFICANT = 0.05
 NOTE = (
-    "In %, with 95 % bootstrap intervals over questions; Δ is the difference to base in points, p that of"
+    "In %, with 95 % intervals over questions; Δ is the difference to base in points, p that of"
     " a paired bootstrap, * marks p < 0.05 in a subset (not corrected for their number)."
 )
 PAPER_NOTE = (

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from language_self_play.evaluate.intervals import bootstrap_interval
+from language_self_play.evaluate.intervals import resampled_interval
 
 BASELINE_WINS, TIE, MODEL_WINS = 1.0, 1.5, 2.0
 
@@ -60,9 +60,9 @@ def win_rate(preferences: Sequence[float]) -> WinRate:
 
 
 def win_rate_interval(preferences: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """(low, high) of the win rate in %, 95 %: a percentile bootstrap over instructions."""
-    low, high = bootstrap_interval([p - 1 for p in preferences], seed=seed)
-    return 100 * low, 100 * high
+    """(low, high) of the win rate in %, 95 %, over instructions: resampled_interval's."""
+    interval = resampled_interval([p - 1 for p in preferences], seed=seed)
+    return 100 * interval.low, 100 * interval.high
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,11 @@ class Reward:
     """What every kind of reward is: a function of a step's queries, their answers and their keys.
 
     Building one checks what can be checked at once (files, extras, isolation, the environment) and
-    loads no weights. One that makes passes of a model of its own has `batches`.
+    loads no weights. One that makes passes of a model of its own has `batches`. `setting` is what messages
+    name where it is not `reward.NAME`, such as `reward.NAME.function = 'module:function'`.
     """
 
+    setting = ""
     batches: RowBatches | None = None
 
     def load(self, device: torch.device) -> None:
@@ -84,7 +86,9 @@ class RewardSum:
             keys = [None] * len(queries) if keys is None else keys
             for name, (weight, reward) in self.terms.items():
                 values = reward(queries, answers, keys)
-                self.parts[name] = checked(name, values, queries, answers)
+                self.parts[name] = checked(
+                    reward.setting or f"reward.{name}", values, queries, answers
+                )
                 total += weight * self.parts[name]
         return total
 
@@ -118,18 +122,18 @@ def build_reward(config: Config) -> RewardSum:
 
 
 def checked(
-    name: str, returned: Sequence[Sequence[float]], queries: list[str], answers: list[list[str]]
+    setting: str, returned: Sequence[Sequence[float]], queries: list[str], answers: list[list[str]]
 ) -> Tensor:
     """A reward's values as float32, (N, G). Raises RewardError or NonFiniteError."""
     try:
         values_NG = torch.tensor([[float(v) for v in row] for row in returned])
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise RewardError(
-            f"reward.{name}: returned {shown(returned)}; it must return one number for each answer"
+            f"{setting}: returned {shown(returned)}; it must return one number for each answer"
         ) from None
     if values_NG.shape != (len(queries), len(answers[0])):
         raise RewardError(
-            f"reward.{name}: returned numbers of shape {tuple(values_NG.shape)} for"
+            f"{setting}: returned numbers of shape {tuple(values_NG.shape)} for"
             f" {len(queries)} queries with {len(answers[0])} answers each"
         )
     rows = zip(queries, answers, returned, values_NG, strict=True)
@@ -137,7 +141,7 @@ def checked(
         for answer, value, number in zip(group, values, numbers.tolist(), strict=True):
             if not math.isfinite(number):
                 raise NonFiniteError(
-                    f"reward.{name}: returned {value} for query {shown(query)} and answer"
+                    f"{setting}: returned {value} for query {shown(query)} and answer"
                     f" {shown(answer)}; a reward must be finite in float32",
                     [("solver", place)],
                 )

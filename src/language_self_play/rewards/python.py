@@ -68,7 +68,7 @@ def build(name: str, section: PythonReward, config: Config) -> PythonFunction:
     reward = PythonFunction(f"reward.{name}.function = {section.function!r}", function)
     # Two of each: what is wrong with it shows now, also a list of a fixed length.
     trial = ["a query", "another"], [["an answer", "a second"], ["a third", "a fourth"]]
-    checked(name, reward(*trial, [None, None]), *trial)
+    checked(reward.setting, reward(*trial, [None, None]), *trial)
     return reward
 
 

@@ -145,7 +145,7 @@ class RewardModel(Reward):
         score_of = dict(zip(distinct, self.score(distinct), strict=True))
         scores = [[score_of[pair] for pair in group] for group in pairs]
         # Before a bound hides an infinity, or spreads it over the step.
-        checked(self.name, scores, queries, answers)
+        checked(f"reward.{self.name}", scores, queries, answers)
         return bounded(scores, self.section.bound)
 
     def score(self, pairs: list[tuple[str, str]]) -> list[float]:
