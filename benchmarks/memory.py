@@ -68,7 +68,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "reward model": ("34M", {"reward": {"main": {"kind": "reward_model", "format": "pair"}}}),
     "long answers compared": (
         "34M",
-        {"eval": {"win_rate": {"long": {"max_tokens": 400, "judge": {"kind": "local"}}}}},
+        {
+            "learner": {"tokens_per_micro_batch": 256},
+            "eval": {"win_rate": {"long": {"max_tokens": 400, "judge": {"kind": "local"}}}},
+        },
     ),
     "tiny vocabulary": ("30M, tiny vocabulary", {}),
     "float32, tied": ("135M, tied", {}),

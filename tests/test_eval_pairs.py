@@ -196,7 +196,7 @@ def test_files_of_answers_are_judged_in_both_orders_and_written_for_alpaca_eval(
     assert figures["n_equal"] == 1
     assert "1 of the 5 pairs has equal answers." in out
     low, high = figures["win_rate_ci95"]
-    assert f"Win rate 50.00 % [{low:.2f}, {high:.2f}], a 95 % bootstrap interval over" in out
+    assert f"Win rate 50.00 % [{low:.2f}, {high:.2f}], a 95 % interval over" in out
     assert out.index("8 requests") < out.index("Win rate")
     annotations = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert annotations[0] == {

@@ -256,7 +256,7 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     error = report["lc_standard_error"]
     of_leaderboard = "" if error is None else f", standard error {error:.2f} as AlpacaEval's"
     lines = [
-        f"Win rate {report['win_rate']:.2f} % [{low:.2f}, {high:.2f}], a 95 % bootstrap interval over"
+        f"Win rate {report['win_rate']:.2f} % [{low:.2f}, {high:.2f}], a 95 % interval over"
         f" instructions; with ties as losses {report['strict_win_rate']:.2f} %.",
         f"Length-controlled win rate {report['length_controlled_win_rate']:.2f} %{of_leaderboard} (difficulty by"
         f" {'the table' if by == 'table' else 'the ' + by}); answers have"
