@@ -150,7 +150,8 @@ def _arena(options: Any) -> int:
     if options.json is not None:
         questions = [asdict(r) for r in accuracy.results]
         figures = {**accuracy.metrics(), "ci95": ends(accuracy.intervals())}
-        report = {"model": model, "set": "arena", **figures, "questions": questions}
+        asked = {"model": model, "set": "arena", "dtype": dtype}
+        report = {**asked, **figures, "questions": questions}
         write_report(options.json, report)
     return 0
 
@@ -202,6 +203,10 @@ def _ask(options: Any, overrides: dict[str, Any]) -> int:
             "questions": [list(question) for question in exam.questions],
             "prompts": prompts,
         }
+        if options.dtype == "auto":
+            del identity[
+                "dtype"
+            ]  # answers that were kept before it could be chosen are known without
         part = None if options.json is None else options.json.with_name(f"{options.json.name}.part")
         head = {"asked": _digest(identity), "engine": rollout.engine}
         total = len(exam.questions)
