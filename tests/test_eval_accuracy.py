@@ -231,6 +231,7 @@ BAD = {
         ["empty.jsonl", "--json", "j" * 252],
         f"--json {'j' * 252}: can't be written (File name too long)",
     ),
+    "a set's name that is too long": ([f"{'s' * 300}.csv"], f"SET {'s' * 300}.csv: no such file"),
     "an empty file": (["empty.jsonl"], "empty.jsonl: holds no questions"),
     "a folder without questions": (
         ["folder"],
@@ -324,6 +325,7 @@ def test_weights_that_are_not_finite_have_no_accuracy_but_an_exit_code_of_their_
 
 MISTYPED = {
     "accuracy ./nothere": "./nothere: no such folder",
+    f"accuracy {'m' * 300}": f"{'m' * 300}: no such folder",
     "accuracy arena nothere.jsonl": "SET nothere.jsonl: no such file",
     "win-rate ./nothere a.jsonl --prompts sums.jsonl": "./nothere: no such folder",
     "win-rate arena ./nothere --prompts sums.jsonl": "./nothere: no such folder",

@@ -747,8 +747,20 @@ MISTAKES = {
     "win-rate a.json a.json --prompts broken.json --out a.json/b": "--out a.json/b: ",
     f"win-rate a.json a.json --prompts broken.json --json {'j' * 252}": f"--json {'j' * 252}: can't be written (File name too long)",
     f"win-rate a.json a.json --prompts a.json --judge.kind arena --out {'o' * 256}": f"--out {'o' * 256}: can't be written (File name too long)",
-    "win-rate a.json a.json --prompts broken.json --out /proc/o": "--out /proc/o: can't be written (",
     f"alpaca --annotations broken.json --json {'j' * 252}": f"--json {'j' * 252}: can't be written",
+    f"win-rate a.json a.json --prompts {'p' * 300}": f"--prompts {'p' * 300}: can't be read (File name too long)",
+    f"win-rate {'m' * 300} a.json --prompts a.json": f"{'m' * 300}: no such folder",
+    f"win-rate a.json {'b' * 300} --prompts a.json": f"{'b' * 300}: no such folder",
+    f"win-rate {'m' * 300}.json a.json --prompts a.json": f"MODEL {'m' * 300}.json: can't be read (File name too long)",
+    f"win-rate a.json a.json --prompts a.json --json {'j' * 300}/x.json": f"--json {'j' * 300}/x.json: there is no folder",
+    f"win-rate a.json a.json --prompts a.json --judge.kind reward_model --judge.path {'m' * 300}": f"--judge.path = {'m' * 300}: no such folder",
+    f"alpaca {'m' * 300}.json --baseline a.json": f"MODEL {'m' * 300}.json: can't be read (File name too long)",
+    f"alpaca {'m' * 300} --baseline a.json": f"{'m' * 300}: no such folder",
+    f"alpaca a.json --baseline {'b' * 300} --instructions a.json": f"{'b' * 300}: no such folder",
+    f"harness {'m' * 300} --tasks ifeval": f"{'m' * 300}: no such folder",
+    f"harness arena --tasks ifeval --include-path {'t' * 300}": f"--include-path {'t' * 300}: no such folder",
+    f"table {'r' * 300}": f"{'r' * 300}: no such run or file of results",
+    f"table r={'r' * 300}": f"{'r' * 300}: no such run or file of results",
     "alpaca": "MODEL: name the model to measure, or a file of annotations by --annotations",
     "alpaca --annotations nothere.json": "--annotations nothere.json: no such file",
     "alpaca --annotations empty.json": "--annotations empty.json: the file is empty",
@@ -774,6 +786,12 @@ def test_a_mistake_on_the_command_line_is_one_sentence(line, tmp_path, monkeypat
     (tmp_path / "keys.json").write_text('[{"key": "a", "text": "b"}]')
     (tmp_path / "folder").mkdir()
     assert refusal(capsys, *line.split()).startswith(MISTAKES[line])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc, where nobody can write, is Linux's")
+def test_a_folder_that_can_not_be_written_is_told_before_anything_is_read(capsys):
+    said = refusal(capsys, *"win-rate a.json b.json --prompts no.json --out /proc/o".split())
+    assert said.startswith("--out /proc/o: can't be written (")
 
 
 def test_a_device_that_is_not_there_is_told_before_anything_is_answered(tmp_path, capsys):

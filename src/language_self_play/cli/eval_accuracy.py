@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import sys
 from contextlib import AbstractContextManager
@@ -266,13 +267,13 @@ def _question_set(model: str, named: str, overrides: dict[str, Any]) -> tuple[st
         if not equals:
             path = named
             name = re.sub(r"\W+", "-", Path(named).name.split(".")[0]).strip("-_") or "questions"
-        if Path(path).suffix in FILE_SUFFIXES and not Path(path).exists():
+        if Path(path).suffix in FILE_SUFFIXES and not os.path.exists(path):
             near = difflib.get_close_matches(
                 path, [*own, *map(str, Path(path).parent.glob("*"))], n=1
             )
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputFileError(f"SET {path}: no such file{hint}")
-        if not Path(path).exists() and path:
+        if not os.path.exists(path) and path:
             _tell(f"{path}: nothing of that name here, so the hub is asked")
         settings = {"path": path}
     table = {"eval": {"accuracy": {name: {**settings, "limit": 0, **overrides}}}}

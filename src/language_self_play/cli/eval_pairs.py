@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import warnings
@@ -113,7 +114,7 @@ def look_ahead(options: argparse.Namespace, model: str, baseline: str | None) ->
     check_target("--json", options.json)
     check_folder("--out", options.out)
     # Without a name the baseline is a file of the hub.
-    sampled = [n for n in (model, baseline) if n is not None and not Path(n).is_file()]
+    sampled = [n for n in (model, baseline) if n is not None and not os.path.isfile(n)]
     with as_typed("MODEL"):
         options.rollout = engine_settings(options, sampled, options.temperature)
 
@@ -305,7 +306,7 @@ def _sentences(report: dict[str, Any]) -> list[str]:
 def _side(name: str, setting: str, instructions: Sequence[Output]) -> Any:
     """Answers from a file that belong to `instructions`; or what to load, and its system prompt."""
     path = Path(name)
-    if path.is_file() or (name.endswith(FILE_SUFFIXES) and not path.is_dir()):
+    if os.path.isfile(name) or (name.endswith(FILE_SUFFIXES) and not os.path.isdir(name)):
         from language_self_play.evaluate.outputs import in_order, read_outputs
 
         return in_order(path, read_outputs(path, setting), instructions)
