@@ -72,9 +72,13 @@ def test_the_model_answers_in_the_dtype_that_is_named(
         return load(path, dtype, *rest)
 
     monkeypatch.setattr(policy, "load_model", noting)
-    assert evaluate(*questions) == 0
-    assert evaluate(*questions, "--dtype", "bfloat16") == 0
+    told = []
+    for dtype in ([], ["--dtype", "bfloat16"]):
+        assert evaluate(*questions, *dtype, "--json", "a.json") == 0
+        told.append(json.loads(Path("a.json").read_text())["dtype"])
     assert loaded == ["torch.float32", "torch.bfloat16"]
+    # The arena is asked in float32 everywhere, a set in what the device has.
+    assert told == ["auto" if questions else "float32", "bfloat16"]
 
 
 class Interrupting:
@@ -138,6 +142,16 @@ def test_answers_to_other_questions_are_not_taken_over(
             "lsp: b.json.part: holds answers to other questions, of another model or with other"
             " settings; remove it, or write to another file\n"
         )
+
+
+def test_answers_kept_before_there_was_a_dtype_to_choose_are_gone_on_from(
+    sums: str, monkeypatch: pytest.MonkeyPatch
+):
+    known_by: list[dict[str, Any]] = []
+    monkeypatch.setattr(eval_accuracy, "_digest", lambda value: str(known_by.append(value)))
+    for dtype in ("auto", "bfloat16"):
+        assert evaluate(sums, *FLAGS, "--dtype", dtype) == 0
+    assert [known.get("dtype") for known in known_by] == [None, "bfloat16"]
 
 
 @pytest.mark.parametrize(
@@ -233,6 +247,7 @@ BAD = {
         ["empty.jsonl", "--json", "j" * 252],
         f"--json {'j' * 252}: can't be written (File name too long)",
     ),
+    "a set's name that is too long": ([f"{'s' * 300}.csv"], f"SET {'s' * 300}.csv: no such file"),
     "an empty file": (["empty.jsonl"], "empty.jsonl: holds no questions"),
     "a folder without questions": (
         ["folder"],
@@ -326,6 +341,7 @@ def test_weights_that_are_not_finite_have_no_accuracy_but_an_exit_code_of_their_
 
 MISTYPED = {
     "accuracy ./nothere": "./nothere: no such folder",
+    f"accuracy {'m' * 300}": f"{'m' * 300}: no such folder",
     "accuracy arena nothere.jsonl": "SET nothere.jsonl: no such file",
     "win-rate ./nothere a.jsonl --prompts sums.jsonl": "./nothere: no such folder",
     "win-rate arena ./nothere --prompts sums.jsonl": "./nothere: no such folder",

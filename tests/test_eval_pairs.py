@@ -239,7 +239,8 @@ def test_a_judge_of_the_first_answer_is_a_draw_with_its_bias_reported(
     mine = answers(tmp_path / "mine.json", list("abcde"))
     theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
     assert main(["eval", "win-rate", mine, theirs, "--prompts", prompts, *judge]) == 0
-    figures = report("evaluations/win-rate-mine-theirs-prompts-grader")
+    [folder] = tmp_path.glob("evaluations/win-rate-mine-theirs-prompts-*/grader-*")
+    figures = report(folder)
     assert figures["win_rate"] == 50.0
     assert figures["n_draws"] == 5
     assert figures["strict_win_rate"] == 50.0  # of ten judgements five are for the model
@@ -248,7 +249,6 @@ def test_a_judge_of_the_first_answer_is_a_draw_with_its_bias_reported(
     out = " ".join(capsys.readouterr().out.split())
     assert "the answer shown first is preferred 100.0 %" in out
     # The orders are in the file, and scored to the same figures.
-    folder = tmp_path / "evaluations" / "win-rate-mine-theirs-prompts-grader"
     again = ["eval", "alpaca", "--annotations", str(folder / "annotations.json")]
     assert main([*again, "--json", "again.json"]) == 0
     of_file = json.loads((tmp_path / "again.json").read_text())
@@ -391,12 +391,94 @@ def test_every_judge_and_every_file_of_prompts_has_a_folder_of_its_own(prompts, 
     for judge in ("longer", "shorter"):
         assert main([*command, prompts, "--judge.function", f"two_judges:{judge}"]) == 0
     assert main([*command, mine, "--judge.function", "two_judges:longer"]) == 0
-    found = {p.parent.name: report(p.parent)["win_rate"] for p in tmp_path.rglob("report.json")}
+    found = {}
+    for file in tmp_path.rglob("report.json"):
+        of_models, of_judge = (folder.name[:-9] for folder in (file.parents[1], file.parent))
+        found[of_models, of_judge] = report(file.parent)["win_rate"]
     assert found == {
-        "win-rate-mine-theirs-prompts-two_judges-longer": 0.0,
-        "win-rate-mine-theirs-prompts-two_judges-shorter": 100.0,
-        "win-rate-mine-theirs-mine-two_judges-longer": 0.0,
+        ("win-rate-mine-theirs-prompts", "two_judges-longer"): 0.0,
+        ("win-rate-mine-theirs-prompts", "two_judges-shorter"): 100.0,
+        ("win-rate-mine-theirs-mine", "two_judges-longer"): 0.0,
     }
+
+
+def test_names_that_look_alike_and_other_settings_have_folders_of_their_own(tmp_path):
+    from argparse import Namespace
+
+    from language_self_play.cli.eval_pairs import _default_folder, _folder_name
+    from language_self_play.config import Rollout
+
+    def folder(*named, **changed):
+        how = {"temperature": 0.0, "max_tokens": 8, "seed": 0, "device": "cpu", "dtype": "auto"}
+        options = Namespace(**{**how, "rollout": Rollout(), **changed})
+        return _default_folder("win-rate", named, options)
+
+    folders = [
+        folder("a-b", "c", "p"),
+        folder("a", "b-c", "p"),
+        folder("a-b", "c"),
+        folder("x/a-b", "c", "p"),
+        folder("a-b", "c", "p", temperature=1.0),
+    ]
+    assert len(set(folders)) == len(folders)
+    assert folder("a-b", "c", "p") == folders[0]
+    judges = [
+        _folder_name(["m"], table)
+        for table in (
+            {"kind": "local", "path": "m"},
+            {"kind": "reward_model", "path": "m"},
+            {"model": "m", "base_url": "http://one/v1"},
+            {"model": "m", "base_url": "http://two/v1"},
+        )
+    ]
+    assert len(set(judges)) == len(judges)
+
+
+def test_long_paths_need_no_out(tmp_path):
+    deep = tmp_path / "/".join(["a" * 100] * 3)
+    deep.mkdir(parents=True)
+    texts = ["a"] * 5
+    answers(deep / f"{'m' * 200}.json", texts)
+    answers(deep / f"{'语' * 80}.json", texts)
+    sides = [str(deep / f"{'m' * 200}.json"), str(deep / f"{'语' * 80}.json")]
+    command = ["eval", "win-rate", *sides, "--prompts", sides[0], "--judge.kind", "arena"]
+    assert main(command) == 0
+    [folder] = tmp_path.glob("evaluations/*")
+    assert folder.name[:-9] == f"win-rate-{'m' * 40}-{'语' * 13}-{'m' * 40}"
+
+
+def test_a_second_judge_reads_the_answers_that_the_first_was_shown(
+    prompts, judge, endpoint, tmp_path, monkeypatch
+):
+    from language_self_play.evaluate import generation
+
+    endpoint.default = scored(1)
+    theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
+    command = ["eval", "win-rate", "arena", theirs, "--prompts", prompts, "--max-tokens", "8"]
+    assert main([*command, "--judge.kind", "arena"]) == 0
+    monkeypatch.setattr(generation, "load_chat_model", None)  # weights must not be loaded again
+    assert main([*command, *judge]) == 0
+    [kept] = tmp_path.glob("evaluations/*")
+    assert kept.name[:-9] == "win-rate-arena-theirs-prompts"
+    kinds = sorted(path.name.split("-")[0] for path in kept.iterdir())
+    assert kinds == ["answers", "arena", "grader"]
+    one, other = (path for path in kept.iterdir() if path.is_dir())
+    assert (one / "model_outputs.json").read_bytes() == (other / "model_outputs.json").read_bytes()
+
+
+def test_commands_that_answer_at_the_same_time_answer_once(prompts, tmp_path):
+    theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
+    command = [sys.executable, "-m", "language_self_play", "eval", "win-rate", "arena", theirs]
+    command += ["--prompts", prompts, "--max-tokens", "8", "--batch-size", "1", "--device", "cpu"]
+    (tmp_path / "my_judge.py").write_text("def score(q, a): return [len(x) for x in a]\n")
+    judges = (
+        ["--judge.kind", "arena"],
+        ["--judge.kind", "python", "--judge.function", "my_judge:score"],
+    )
+    both = [subprocess.Popen([*command, *judge]) for judge in judges]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    [file] = tmp_path.glob("evaluations/*/answers-*.jsonl")
+    assert len(file.read_text().splitlines()) == 1 + 5
 
 
 @pytest.mark.filterwarnings("always::UserWarning")  # shown as the command shows them
@@ -666,8 +748,20 @@ MISTAKES = {
     "win-rate a.json a.json --prompts broken.json --out a.json/b": "--out a.json/b: ",
     f"win-rate a.json a.json --prompts broken.json --json {'j' * 252}": f"--json {'j' * 252}: can't be written (File name too long)",
     f"win-rate a.json a.json --prompts a.json --judge.kind arena --out {'o' * 256}": f"--out {'o' * 256}: can't be written (File name too long)",
-    "win-rate a.json a.json --prompts broken.json --out /proc/o": "--out /proc/o: can't be written (",
     f"alpaca --annotations broken.json --json {'j' * 252}": f"--json {'j' * 252}: can't be written",
+    f"win-rate a.json a.json --prompts {'p' * 300}": f"--prompts {'p' * 300}: can't be read (File name too long)",
+    f"win-rate {'m' * 300} a.json --prompts a.json": f"{'m' * 300}: no such folder",
+    f"win-rate a.json {'b' * 300} --prompts a.json": f"{'b' * 300}: no such folder",
+    f"win-rate {'m' * 300}.json a.json --prompts a.json": f"MODEL {'m' * 300}.json: can't be read (File name too long)",
+    f"win-rate a.json a.json --prompts a.json --json {'j' * 300}/x.json": f"--json {'j' * 300}/x.json: there is no folder",
+    f"win-rate a.json a.json --prompts a.json --judge.kind reward_model --judge.path {'m' * 300}": f"--judge.path = {'m' * 300}: no such folder",
+    f"alpaca {'m' * 300}.json --baseline a.json": f"MODEL {'m' * 300}.json: can't be read (File name too long)",
+    f"alpaca {'m' * 300} --baseline a.json": f"{'m' * 300}: no such folder",
+    f"alpaca a.json --baseline {'b' * 300} --instructions a.json": f"{'b' * 300}: no such folder",
+    f"harness {'m' * 300} --tasks ifeval": f"{'m' * 300}: no such folder",
+    f"harness arena --tasks ifeval --include-path {'t' * 300}": f"--include-path {'t' * 300}: no such folder",
+    f"table {'r' * 300}": f"{'r' * 300}: no such run or file of results",
+    f"table r={'r' * 300}": f"{'r' * 300}: no such run or file of results",
     "alpaca": "MODEL: name the model to measure, or a file of annotations by --annotations",
     "alpaca --annotations nothere.json": "--annotations nothere.json: no such file",
     "alpaca --annotations empty.json": "--annotations empty.json: the file is empty",
@@ -693,6 +787,12 @@ def test_a_mistake_on_the_command_line_is_one_sentence(line, tmp_path, monkeypat
     (tmp_path / "keys.json").write_text('[{"key": "a", "text": "b"}]')
     (tmp_path / "folder").mkdir()
     assert refusal(capsys, *line.split()).startswith(MISTAKES[line])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc, where nobody can write, is Linux's")
+def test_a_folder_that_can_not_be_written_is_told_before_anything_is_read(capsys):
+    said = refusal(capsys, *"win-rate a.json b.json --prompts no.json --out /proc/o".split())
+    assert said.startswith("--out /proc/o: can't be written (")
 
 
 def test_a_device_that_is_not_there_is_told_before_anything_is_answered(tmp_path, capsys):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -26,6 +28,14 @@ ALPACA = [
     {"instruction": q, "output": "57", "generator": "gpt4_1106_preview", "dataset": d}
     for q, d in (("27+48", "koala"), ("12+5", "vicuna"))
 ]
+
+ALPACA_IS_ASKED = "tatsu-lab/alpaca_eval: the hub is asked for alpaca_eval_gpt4_baseline.json"
+# No server listens at port 1.
+NOWHERE = "http://127.0.0.1:1"
+NOTHING_ANSWERS = (
+    f"{NOWHERE}: nothing answers there ([Errno {errno.ECONNREFUSED}]"
+    f" {os.strerror(errno.ECONNREFUSED)}), so what was fetched before is all there is"
+)
 
 
 @pytest.fixture
@@ -67,38 +77,50 @@ def test_alpacas_instructions_and_baseline_come_from_the_hub(hub, tmp_path):
     # 57 is right for 27+48 alone, and the arena's model knows both sums: a tie and a win.
     assert (report["n_draws"], report["n_wins"]) == (1, 1)
     # From its cache, without the hub.
-    again = lsp(tmp_path, "http://127.0.0.1:1", *command, "--out", "o")
+    again = lsp(tmp_path, NOWHERE, *command, "--out", "o")
     assert again.returncode == 0, again.stderr
 
 
-def one_sentence(done):
+def set_is_asked(name):
+    return f"{name}: nothing of that name here, so the hub is asked"
+
+
+def one_sentence(done, *told):
+    """What ends the command, after the lines that are told before it."""
     assert done.returncode == 2, done.stderr
-    asking, *_, line = done.stderr.splitlines()
-    assert "the hub is asked" in asking
+    *before, line = done.stderr.splitlines()
+    assert before == list(told)
     assert line.startswith("lsp: ")
     return line.removeprefix("lsp: ")
 
 
 def test_what_the_hub_does_not_have_is_one_sentence(hub, tmp_path):
-    said = one_sentence(lsp(tmp_path, hub.url, "eval", "accuracy", "arena", "openai/gsm9k"))
+    command = ["eval", "accuracy", "arena"]
+    said = one_sentence(
+        lsp(tmp_path, hub.url, *command, "openai/gsm9k"), set_is_asked("openai/gsm9k")
+    )
     assert said.startswith("SET = 'openai/gsm9k': can't be read: ")
-    named = ["openai/gsm8k", "--subset", "man"]
-    said = one_sentence(lsp(tmp_path, hub.url, "eval", "accuracy", "arena", *named))
+    said = one_sentence(
+        lsp(tmp_path, hub.url, *command, "openai/gsm8k", "--subset", "man"),
+        set_is_asked("openai/gsm8k"),
+    )
     assert said.startswith("SET = 'openai/gsm8k': can't be read: ")
     assert "'main'" in said
     hub.repos["tatsu-lab/alpaca_eval"].clear()
-    said = one_sentence(lsp(tmp_path, hub.url, "eval", "alpaca", "arena", "--judge.kind", "arena"))
+    command = ["eval", "alpaca", "arena", "--judge.kind", "arena"]
+    said = one_sentence(lsp(tmp_path, hub.url, *command), ALPACA_IS_ASKED)
     assert said.startswith("alpaca_eval_gpt4_baseline.json of tatsu-lab/alpaca_eval can't be had")
     assert said.endswith("name files by --instructions and --baseline")
 
 
-@pytest.mark.parametrize(
-    ("command", "sentence"),
-    [
-        (["accuracy", "arena", "openai/gsm8k"], "SET = 'openai/gsm8k': can't be read: "),
-        (["alpaca", "arena", "--judge.kind", "arena"], "alpaca_eval_gpt4_baseline.json of "),
-    ],
-)
-def test_without_a_network_it_is_one_sentence(command, sentence, tmp_path):
-    # No server listens at port 1.
-    assert one_sentence(lsp(tmp_path, "http://127.0.0.1:1", "eval", *command)).startswith(sentence)
+@pytest.mark.parametrize("name", ["openai/gsm8k", "s" * 300])
+def test_without_a_network_a_set_that_is_not_here_is_one_sentence(name, tmp_path):
+    done = lsp(tmp_path, NOWHERE, "eval", "accuracy", "arena", name)
+    said = one_sentence(done, set_is_asked(name), NOTHING_ANSWERS)
+    assert said.startswith(f"SET = {name!r}: can't be read: ")
+
+
+def test_without_a_network_alpacas_baseline_is_one_sentence(tmp_path):
+    done = lsp(tmp_path, NOWHERE, "eval", "alpaca", "arena", "--judge.kind", "arena")
+    said = one_sentence(done, ALPACA_IS_ASKED)
+    assert said.startswith("alpaca_eval_gpt4_baseline.json of tatsu-lab/alpaca_eval can't be had")

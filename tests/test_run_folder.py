@@ -10,7 +10,7 @@ import os
 import pytest
 
 from language_self_play.config import Config, Vllm
-from language_self_play.durable import append_text, remove_folder, replace_text
+from language_self_play.durable import append_text, check_writable, remove_folder, replace_text
 from language_self_play.errors import ConfigError, NonFiniteError, Paused, RunFolderError
 from language_self_play.recipe_files import merge
 from language_self_play.run_folder import (
@@ -368,7 +368,7 @@ def test_a_resumed_run_may_change_nothing_else(run, overrides, sentence):
 
 
 OWN_ENGINE = {"python": "p", "eager": True, "kv_cache_gib": 2.0, "memory_fraction": 0.7}
-OWN_ENGINE |= {"devices": "1", "tensor_parallel": 2, "sleep": False}
+OWN_ENGINE |= {"devices": "1,2", "tensor_parallel": 2, "sleep": False}
 
 
 def test_a_resumed_run_moves_to_a_server_and_back_without_what_belongs_to_the_other_engine(
@@ -437,3 +437,17 @@ def test_replace_text_leaves_the_old_file_whole_if_it_fails(tmp_path):
 def test_replace_text_leaves_nothing_beside_the_file(tmp_path):
     replace_text(tmp_path / "config.toml", "text")
     assert [file.name for file in tmp_path.iterdir()] == ["config.toml"]
+
+
+def test_looking_whether_a_file_can_be_written_takes_away_no_other_process_half_written_file(
+    tmp_path,
+):
+    beside = tmp_path / ".report.json.new"
+    beside.write_text("half of a rep")
+    check_writable(tmp_path / "report.json")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        beside.name: "half of a rep"
+    }
+    with pytest.raises(OSError, match="too long"):
+        check_writable(tmp_path / ("x" * 251))
+    check_writable(tmp_path / ("x" * 250))

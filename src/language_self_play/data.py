@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
@@ -139,7 +140,7 @@ def _rows(section: Table, setting: str) -> Iterator[tuple[str, Any]]:
     if section.path == BUILT_IN_QUERIES:
         folder = Path(str(resources.files("language_self_play")))
         return _rows_of_lines(folder / "arena" / "human_queries.jsonl", setting)
-    names_table = path.is_dir() or path.suffix in TABLE_BUILDERS or _may_be_hub_id(section)
+    names_table = os.path.isdir(path) or path.suffix in TABLE_BUILDERS or _may_be_hub_id(section)
     if names_table:
         return _rows_of_table(section, setting)
     _refuse(section, setting, "subset", "split", what="a JSON file")
@@ -152,7 +153,7 @@ def _may_be_hub_id(section: Table) -> bool:
     """`owner/name` or `name`, not that of a JSON file, and no such file here."""
     path = Path(str(section.path))
     is_json = path.suffix in (".json", ".jsonl", ".gz")
-    return not path.exists() and not is_json and bool(HUB_ID.fullmatch(str(section.path)))
+    return not os.path.exists(path) and not is_json and bool(HUB_ID.fullmatch(str(section.path)))
 
 
 def _refuse(section: Table, setting: str, *fields: str, what: str) -> None:
@@ -206,7 +207,7 @@ def _rows_of_table(section: Table, setting: str) -> Iterator[tuple[str, Any]]:
     """Rows of whatever `datasets` reads."""
     path = str(section.path)
     builder = _table_builder(section, setting)
-    if builder is None and not Path(path).exists():
+    if builder is None and not os.path.exists(path):
         look_for_hub()  # before datasets is imported, which then reads what it has found
     datasets = require("datasets", "data", f"{setting}.path = {path!r}")
     datasets.disable_progress_bars()
@@ -216,7 +217,7 @@ def _rows_of_table(section: Table, setting: str) -> Iterator[tuple[str, Any]]:
         options = {"sep": "\t"} if path.endswith(".tsv") else {}
         options |= {"path": builder, "data_files": path}
     try:
-        if Path(path, "dataset_info.json").exists() or Path(path, "dataset_dict.json").exists():
+        if any(os.path.exists(f"{path}/dataset_{kind}.json") for kind in ("info", "dict")):
             table = _saved_split(section, setting, datasets.load_from_disk(path))
         else:
             table = datasets.load_dataset(
@@ -231,7 +232,7 @@ def _rows_of_table(section: Table, setting: str) -> Iterator[tuple[str, Any]]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0].rstrip(".") if lines else type(error).__name__
         wanted = ""
-        if Path(path).is_dir():
+        if os.path.isdir(path):
             wanted = (
                 "; a folder must hold tables of questions: name a file (JSON, JSONL, CSV, Parquet), or a"
                 " folder of such files"
@@ -246,8 +247,8 @@ def _rows_of_table(section: Table, setting: str) -> Iterator[tuple[str, Any]]:
 def _table_builder(section: Table, setting: str) -> str | None:
     """What `datasets` calls the file's format, None for folders and the hub. Raises InputFileError."""
     path = Path(str(section.path))
-    builder = None if path.is_dir() else TABLE_BUILDERS.get(path.suffix)
-    if builder and not path.exists():
+    builder = None if os.path.isdir(path) else TABLE_BUILDERS.get(path.suffix)
+    if builder and not os.path.exists(path):
         raise InputFileError(f"{setting}.path = {section.path!r}: no such file")
     if builder:
         _refuse(section, setting, "subset", what="a file")

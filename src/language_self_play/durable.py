@@ -10,7 +10,9 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -58,13 +60,16 @@ def replace_bytes(file: Path, contents: bytes) -> None:
 
 
 def check_writable(file: Path) -> None:
-    """Raises OSError where replace_bytes would, but for a disk that is full by then; writes nothing."""
+    """Raises OSError where replace_bytes would, but for a disk that is full by then; writes nothing.
+
+    Not even the file beside it, which may be another process's.
+    """
     if file.exists() and not file.is_file():
         return
     file = Path(os.path.realpath(file))
-    beside = file.with_name(f".{file.name}.new")
-    beside.open("wb").close()
-    beside.unlink()
+    with suppress(FileNotFoundError):
+        file.with_name(f".{file.name}.new").lstat()  # a name that is too long
+    tempfile.NamedTemporaryFile(dir=file.parent, prefix=".writable-").close()
 
 
 def append_text(file: Path, text: str) -> None:

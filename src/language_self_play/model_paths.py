@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from language_self_play.run_folder import RunFolder
 BUILT_IN_MODEL = "arena"
 # Of two names (difflib's ratio): two letters swapped in one of five are 0.8.
 LIKENESS = 0.75
+LONGEST_HUB_ID = 96
 
 
 def resolve_model(path: str) -> str:
@@ -19,13 +21,13 @@ def resolve_model(path: str) -> str:
     if path == BUILT_IN_MODEL:
         return str(resources.files("language_self_play") / "arena" / "model")
     folder = Path(path)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             return path
         inside = folder / "model"
         hint = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
         raise ModelError(f"{path}: the folder holds no config.json, so it is no model{hint}")
-    if folder.exists():
+    if os.path.exists(folder):
         raise ModelError(f"{path}: is a file; a model is a folder with config.json and safetensors")
     _refuse_mistyped(path)
     return path
@@ -34,9 +36,9 @@ def resolve_model(path: str) -> str:
 def _refuse_mistyped(path: str) -> None:
     """Raises ModelError, with the nearest name, for what is meant as a folder and is none.
 
-    `./x` and `a/b/c` are no hub ids, `runs/x` is where runs lie by default. `a/x` could be a hub id, but not
-    where a/ holds runs; nor is a bare name meant as one that is almost that of a run, or of the built-in
-    model.
+    `./x`, `a/b/c` and what is longer than any are no hub ids, `runs/x` is where runs lie by default. `a/x`
+    could be a hub id, but not where a/ holds runs; nor is a bare name meant as one that is almost that of
+    a run, or of the built-in model.
     """
     folder = Path(path)
     try:
@@ -45,6 +47,7 @@ def _refuse_mistyped(path: str) -> None:
         beside = []
     runs = [p for p in beside if RunFolder.holding(p) is not None]
     is_path = path.startswith((".", "/", "~", "runs/")) or path.endswith("/") or path.count("/") > 1
+    is_path = is_path or len(path) > LONGEST_HUB_ID
     if is_path or folder.parent != Path():
         is_path, near = is_path or bool(runs), _nearest(folder, beside)
     else:

@@ -104,8 +104,8 @@ def choose_upload(run: Path, adapter: bool = False, checkpoint: int | None = Non
 
 
 def _existing_run(run: Path) -> Path:
-    if not run.is_dir():
-        what = "is a file" if run.exists() else "no such folder"
+    if not os.path.isdir(run):
+        what = "is a file" if os.path.exists(run) else "no such folder"
         raise RunFolderError(f"{run}: {what}; RUN is the folder of a run, such as runs/arena")
     within = None if (run / "config.toml").is_file() else RunFolder.holding(run)
     if within is not None:

@@ -73,7 +73,8 @@ class RunFolder:
         inside = within and path.parent.parent.name == "checkpoints"
         above = path.parent.parent.parent if inside else path.parent
         for folder in (path, above) if within else (path,):
-            if (run := cls(folder)).config_file.is_file() and run.checkpoints_folder.is_dir():
+            run = cls(folder)
+            if os.path.isfile(run.config_file) and run.checkpoints_folder.is_dir():
                 return run
         return None
 

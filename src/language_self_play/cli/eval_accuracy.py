@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import sys
 from contextlib import AbstractContextManager
@@ -150,7 +151,8 @@ def _arena(options: Any) -> int:
     if options.json is not None:
         questions = [asdict(r) for r in accuracy.results]
         figures = {**accuracy.metrics(), "ci95": ends(accuracy.intervals())}
-        report = {"model": model, "set": "arena", **figures, "questions": questions}
+        asked = {"model": model, "set": "arena", "dtype": dtype}
+        report = {**asked, **figures, "questions": questions}
         write_report(options.json, report)
     return 0
 
@@ -202,6 +204,10 @@ def _ask(options: Any, overrides: dict[str, Any]) -> int:
             "questions": [list(question) for question in exam.questions],
             "prompts": prompts,
         }
+        if options.dtype == "auto":
+            del identity[
+                "dtype"
+            ]  # answers that were kept before it could be chosen are known without
         part = None if options.json is None else options.json.with_name(f"{options.json.name}.part")
         head = {"asked": _digest(identity), "engine": rollout.engine}
         total = len(exam.questions)
@@ -261,13 +267,13 @@ def _question_set(model: str, named: str, overrides: dict[str, Any]) -> tuple[st
         if not equals:
             path = named
             name = re.sub(r"\W+", "-", Path(named).name.split(".")[0]).strip("-_") or "questions"
-        if Path(path).suffix in FILE_SUFFIXES and not Path(path).exists():
+        if Path(path).suffix in FILE_SUFFIXES and not os.path.exists(path):
             near = difflib.get_close_matches(
                 path, [*own, *map(str, Path(path).parent.glob("*"))], n=1
             )
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputFileError(f"SET {path}: no such file{hint}")
-        if not Path(path).exists() and path:
+        if not os.path.exists(path) and path:
             _tell(f"{path}: nothing of that name here, so the hub is asked")
         settings = {"path": path}
     table = {"eval": {"accuracy": {name: {**settings, "limit": 0, **overrides}}}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -86,14 +87,14 @@ def run(arguments: list[str]) -> int:
     )
     from language_self_play.evaluate.subject import subject
 
-    is_file = options.baseline is not None and Path(options.baseline).is_file()
+    is_file = options.baseline is not None and os.path.isfile(options.baseline)
     if options.instructions is not None:
         instructions = read_instructions(options.instructions, "--instructions")
     elif is_file:
         instructions = read_instructions(Path(options.baseline), "--baseline")
     baseline = options.baseline
     if baseline is None or not (is_file or options.instructions is not None):
-        if not Path(options.model).is_file():
+        if not os.path.isfile(options.model):
             subject(options.model)  # a typing error is told before the hub is asked
         print(f"{HUB_DATASET}: the hub is asked for {HUB_FILE}", file=sys.stderr, flush=True)
         of_hub = hub_baseline()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def run(arguments: list[str]) -> int:
     tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
     if not tasks:
         raise ConfigError("--tasks is empty; name tasks of lm-eval, such as gsm8k,hellaswag")
-    if options.include_path is not None and not options.include_path.is_dir():
+    if options.include_path is not None and not os.path.isdir(options.include_path):
         raise InputFileError(f"--include-path {options.include_path}: no such folder")
 
     from language_self_play.evaluate.subject import subject

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
+import os
 import re
 import sys
 import warnings
@@ -33,6 +35,7 @@ from language_self_play.errors import ConfigError
 from language_self_play.wording import counted
 
 if TYPE_CHECKING:
+    from language_self_play.evaluate.answers import Answering
     from language_self_play.evaluate.outputs import Annotation, Output
 
 OWN_COPY = "own-copy"
@@ -57,7 +60,7 @@ def add_flags(parser: Parser) -> None:
         "--out",
         metavar="DIR",
         type=Path,
-        help="folder of answers and annotations (by default in evaluations/, named by models, prompts and judge)",
+        help="folder of answers and annotations (by default in evaluations/, named by models and prompts, with one in it for each judge)",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write every figure")
     parser.add_argument(
@@ -111,7 +114,7 @@ def look_ahead(options: argparse.Namespace, model: str, baseline: str | None) ->
     check_target("--json", options.json)
     check_folder("--out", options.out)
     # Without a name the baseline is a file of the hub.
-    sampled = [n for n in (model, baseline) if n is not None and not Path(n).is_file()]
+    sampled = [n for n in (model, baseline) if n is not None and not os.path.isfile(n)]
     with as_typed("MODEL"):
         options.rollout = engine_settings(options, sampled, options.temperature)
 
@@ -163,18 +166,22 @@ def compare(
     judge = build_pair_judge(judge_settings, options.device)
     if doubt := judge.doubt([i.instruction for i in instructions]):
         warnings.warn(doubt, stacklevel=2)
-    out = options.out or _default_folder(measure, model, baseline, prompts, judge.name)
+    kept = out = options.out
+    if out is None:
+        # Answers are kept one folder above the judge's, where another judge finds them.
+        kept = _default_folder(measure, [model, baseline, *([prompts] if prompts else [])], options)
+        out = kept / _folder_name([judge.name], judge_settings)
     try:
         check_folder("--out", out)
         writing("--out", out, lambda: out.mkdir(parents=True, exist_ok=True))
         with as_typed("MODEL"):
-            ours = _outputs(sides["MODEL"], model, instructions, options, out, options.seed)
+            ours = _outputs(sides["MODEL"], model, instructions, options, kept, options.seed)
         with as_typed("MODEL" if own_copy else baseline_flag):
             if own_copy:
                 name, side, seed = ours[0].generator + OWN_COPY_NAME, "MODEL", options.seed + 1
             else:
                 name, side, seed = baseline, baseline_flag, options.seed
-            theirs = _outputs(sides[side], name, instructions, options, out, seed)
+            theirs = _outputs(sides[side], name, instructions, options, kept, seed)
         writing("--out", out, lambda: write_outputs(out / "model_outputs.json", ours))
         writing("--out", out, lambda: write_outputs(out / "reference_outputs.json", theirs))
         # Of one's own copy what the judge makes of equal answers is the question.
@@ -299,7 +306,7 @@ def _sentences(report: dict[str, Any]) -> list[str]:
 def _side(name: str, setting: str, instructions: Sequence[Output]) -> Any:
     """Answers from a file that belong to `instructions`; or what to load, and its system prompt."""
     path = Path(name)
-    if path.is_file() or (name.endswith(FILE_SUFFIXES) and not path.is_dir()):
+    if os.path.isfile(name) or (name.endswith(FILE_SUFFIXES) and not os.path.isdir(name)):
         from language_self_play.evaluate.outputs import in_order, read_outputs
 
         return in_order(path, read_outputs(path, setting), instructions)
@@ -314,17 +321,34 @@ def _outputs(
     name: str,
     instructions: Sequence[Output],
     options: argparse.Namespace,
-    out: Path,
+    kept: Path,
     seed: int,
 ) -> list[Output]:
     if isinstance(side, list):
         return side
 
-    from language_self_play.evaluate.answers import Answering, answer
+    from language_self_play.evaluate.answers import answer
     from language_self_play.evaluate.outputs import Output
 
     section, system_prompt = side
-    how = Answering(
+    texts = answer(
+        section,
+        system_prompt,
+        [i.instruction for i in instructions],
+        _answering(options, seed),
+        kept,
+        _progress(f"{name}: answered"),
+    )
+    return [
+        Output(i.instruction, text, name, i.dataset)
+        for i, text in zip(instructions, texts, strict=True)
+    ]
+
+
+def _answering(options: argparse.Namespace, seed: int) -> Answering:
+    from language_self_play.evaluate.answers import Answering
+
+    return Answering(
         options.temperature,
         options.max_tokens,
         options.rollout,
@@ -332,18 +356,6 @@ def _outputs(
         options.device,
         options.dtype,
     )
-    texts = answer(
-        section,
-        system_prompt,
-        [i.instruction for i in instructions],
-        how,
-        out,
-        _progress(f"{name}: answered"),
-    )
-    return [
-        Output(i.instruction, text, name, i.dataset)
-        for i, text in zip(instructions, texts, strict=True)
-    ]
 
 
 def _progress(what: str) -> Any:
@@ -358,14 +370,22 @@ def _progress(what: str) -> Any:
     return tell
 
 
-def _default_folder(
-    measure: str, model: str, baseline: str, prompts: Path | None, judge: str
-) -> Path:
-    """One for each pair of models, file of prompts and judge."""
-    named = [model, baseline, *([str(prompts)] if prompts else []), judge]
-    return Path("evaluations") / "-".join([measure, *map(_file_name, named)])
+def _default_folder(measure: str, named: Sequence[str | Path], options: argparse.Namespace) -> Path:
+    """One for all that is measured, whoever judges: the models, the file of prompts, how they answer."""
+    name = _folder_name(named, _answering(options, options.seed).decisive)
+    return Path("evaluations") / f"{measure}-{name}"
 
 
-def _file_name(name: str) -> str:
-    stem = name.strip("./").removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
-    return re.sub(r"[^\w.-]+", "-", stem) or "model"
+def _folder_name(named: Sequence[str | Path], settings: Any) -> str:
+    """The last part of each name, and a digest of the whole names and `settings`."""
+    whole = json.dumps([[str(name) for name in named], settings], sort_keys=True, default=str)
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return "-".join([*map(_last_part, named), digest])
+
+
+def _last_part(name: str | Path) -> str:
+    stem = Path(name).name.strip(".")
+    for suffix in (".gz", ".jsonl", ".json"):
+        stem = stem.removesuffix(suffix)
+    cut = re.sub(r"[^\w.-]+", "-", stem).encode()[:40]
+    return cut.decode(errors="ignore") or "model"

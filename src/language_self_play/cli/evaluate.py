@@ -71,11 +71,11 @@ def check_target(flag: str, file: Path | None) -> None:
     """Raises InputFileError before anything is measured if `file`, which `flag` names, can't be written."""
     if file is None:
         return
-    if not file.parent.is_dir():
+    if os.path.isdir(file):
+        raise InputFileError(f"{flag} {file}: is a folder; name a file")
+    if not os.path.isdir(file.parent):
         raise InputFileError(f"{flag} {file}: there is no folder {file.parent}")
     writing(flag, file, lambda: check_writable(file))
-    if file.is_dir():
-        raise InputFileError(f"{flag} {file}: is a folder; name a file")
 
 
 def check_folder(flag: str, folder: Path | None) -> None:

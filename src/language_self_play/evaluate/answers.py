@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -51,9 +54,40 @@ def answer(
     """The model's answer to each instruction. Its weights are loaded only if some are missing.
 
     Batch by batch they are appended to answers-ENGINE-….jsonl in `folder`, where the next call with the
-    same model and settings finds them. An instruction that leaves no room in the context gets an empty
-    answer, and a warning. Raises ModelError, ConfigError or InputFileError.
+    same model and settings finds them, once no other process answers there. An instruction that leaves
+    no room in the context gets an empty answer, and a warning. Raises ModelError, ConfigError or
+    InputFileError.
     """
+    with _alone(folder):
+        return _answer(section, system_prompt, instructions, how, folder, tell)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Another command that answers in `folder` is waited for: then its answers are there."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems have no locks
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                warnings.warn(
+                    f"{folder}: another command answers there, and is waited for", stacklevel=2
+                )
+                fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
+
+
+def _answer(
+    section: Policy,
+    system_prompt: str | None,
+    instructions: Sequence[str],
+    how: Answering,
+    folder: Path,
+    tell: Callable[[int, int], None],
+) -> list[str]:
     asked, engine = _identity(section, system_prompt, instructions, how), how.rollout.engine
     file, total = folder / f"answers-{engine}-{asked}.jsonl", len(instructions)
     size = how.rollout.batch_size

@@ -6,6 +6,7 @@ import copy
 import difflib
 import io
 import logging
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -89,7 +90,7 @@ class HarnessTasks:
         require("lm_eval", "harness", self.setting)
         self.section = section
         folder = None if section.include_path is None else Path(section.include_path)
-        if folder is not None and not folder.is_dir():
+        if folder is not None and not os.path.isdir(folder):
             raise InputFileError(f"{self.setting}.include_path = {str(folder)!r}: no such folder")
         settings = (f"{self.setting}.tasks", f"{self.setting}.include_path")
         self._manager = _manager(section.tasks, folder, *settings)

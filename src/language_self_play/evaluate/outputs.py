@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -277,7 +278,7 @@ def _rows(path: Path, setting: str, wanted: str) -> Iterable[tuple[str, Mapping[
 
 
 def _contents(path: Path, setting: str, wanted: str) -> str:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputFileError(f"{setting} {path}: is a folder; {wanted}")
     if path.suffix != ".gz":
         try:

@@ -60,10 +60,10 @@ def read_measured(argument: str) -> tuple[Measured, Measured | None]:
     Raises InputFileError or RunFolderError for what holds no results question by question.
     """
     label, equals, named = argument.partition("=")
-    if not equals or Path(argument).exists():
+    if not equals or os.path.exists(argument):
         label, named = "", argument
     path = Path(named)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputFileError(f"{named}: no such run or file of results")
     if path.is_dir() and not (path / "annotations.json").is_file():
         return _read_run(label, path)
