@@ -451,3 +451,11 @@ def test_looking_whether_a_file_can_be_written_takes_away_no_other_process_half_
     with pytest.raises(OSError, match="too long"):
         check_writable(tmp_path / ("x" * 251))
     check_writable(tmp_path / ("x" * 250))
+
+
+def test_a_folder_whose_name_is_too_long_is_a_sentence(tmp_path):
+    run = RunFolder(tmp_path / ("x" * 300))
+    with pytest.raises(RunFolderError, match="too long"):
+        run.create(CONFIG)
+    with pytest.raises(RunFolderError, match="no run here"):
+        run.config()

@@ -113,7 +113,7 @@ class RunFolder:
 
     def refuse_if_used(self) -> None:
         """Raises RunFolderError if a run is already here, or no folder can be."""
-        place = next(p for p in (self.folder, *self.folder.parents) if p.exists())
+        place = next(p for p in (self.folder, *self.folder.parents) if os.path.exists(p))
         named = "" if place == self.folder else f" {place}"
         if not place.is_dir():
             raise RunFolderError(
@@ -123,7 +123,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.folder}:{named} can't be written; choose another folder by --run"
             )
-        if self.config_file.exists() or self.metrics_file.exists():
+        if os.path.exists(self.config_file) or os.path.exists(self.metrics_file):
             raise RunFolderError(
                 f"{self.folder}: already holds a run; go on with it by --resume {self.folder},"
                 " or choose another folder by --run"
@@ -143,7 +143,7 @@ class RunFolder:
 
     def config(self) -> dict[str, Any]:
         """The table of config.toml. Raises RunFolderError if there is no run here."""
-        if not self.config_file.is_file():
+        if not os.path.isfile(self.config_file):
             raise RunFolderError(f"{self.folder}: no run here (there is no config.toml)")
         if not (table := load_toml(self.config_file)):
             raise RunFolderError(
