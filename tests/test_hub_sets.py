@@ -122,5 +122,5 @@ def test_without_a_network_a_set_that_is_not_here_is_one_sentence(name, tmp_path
 
 def test_without_a_network_alpacas_baseline_is_one_sentence(tmp_path):
     done = lsp(tmp_path, NOWHERE, "eval", "alpaca", "arena", "--judge.kind", "arena")
-    said = one_sentence(done, ALPACA_IS_ASKED)
+    said = one_sentence(done, ALPACA_IS_ASKED, NOTHING_ANSWERS)
     assert said.startswith("alpaca_eval_gpt4_baseline.json of tatsu-lab/alpaca_eval can't be had")
