@@ -93,6 +93,20 @@ def test_every_flag_that_help_shows_for_train_is_explained():
     assert "75 paused and resumable" in text
 
 
+def test_a_ctrl_c_more_while_an_interrupted_command_ends_adds_nothing():
+    code = """
+import atexit, os, signal, sys
+from language_self_play import cli
+def interrupted(arguments):
+    raise KeyboardInterrupt
+cli._run = interrupted
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.exit(cli.main())
+"""
+    done = lsp("-c", code, command=[sys.executable])
+    assert (done.returncode, done.stderr) == (130, "\nlsp: interrupted\n")
+
+
 def test_warnings_name_what_was_typed_however_they_are_made():
     class OfTwoWords(UserWarning):
         def __init__(self, one: str, other: str):

@@ -466,6 +466,22 @@ def test_a_second_judge_reads_the_answers_that_the_first_was_shown(
     assert (one / "model_outputs.json").read_bytes() == (other / "model_outputs.json").read_bytes()
 
 
+def test_a_second_judge_does_not_replace_the_verdicts_of_the_first(
+    prompts, judge, endpoint, tmp_path, capsys
+):
+    endpoint.default = scored(1)
+    theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
+    command = ["eval", "win-rate", theirs, theirs, "--prompts", prompts, "--out", "o"]
+    for _ in range(2):
+        assert main([*command, "--judge.kind", "arena"]) == 0
+    before = (tmp_path / "o" / "annotations.json").read_bytes()
+    capsys.readouterr()
+    assert main([*command, *judge]) == 2
+    said = "lsp: --out o: holds the verdicts of arena, and grader would replace them"
+    assert capsys.readouterr().err.startswith(said)
+    assert (tmp_path / "o" / "annotations.json").read_bytes() == before
+
+
 def test_commands_that_answer_at_the_same_time_answer_once(prompts, tmp_path):
     theirs = answers(tmp_path / "theirs.json", list("vwxyz"))
     command = [sys.executable, "-m", "language_self_play", "eval", "win-rate", "arena", theirs]

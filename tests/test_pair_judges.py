@@ -353,6 +353,7 @@ def test_the_built_in_judge_prefers_what_scores_higher():
     scores = [alone.score([("27+48", text)])[0] for text in answers]
     assert abs(scores[0] - scores[1]) > 1e-3
     judge = build_pair_judge({"kind": "local", "path": "arena", "rubric": "arena"})
+    assert judge.name == "local:arena"  # the arena's verifier is another judge
     [verdict] = judge([Pair("27+48", *answers)], QUIET)
     assert verdict.preference == (2.0 if scores[1] > scores[0] else 1.0)
 
@@ -430,6 +431,7 @@ def test_equal_answers_tie_also_where_a_batch_s_rows_differ_in_their_last_bits()
             '--judge.mode = "criteria": the rubric numbers 0 criteria',
         ),
         ({"kind": "local", "path": "./nothere"}, "./nothere: no such folder"),
+        ({"kind": "arena", "path": "x"}, "--judge.path: is nothing that this kind of judge has"),
         ({"kind": "local", "path": "arena", "rubrik": "x"}, "--judge.rubrik: no such setting; did"),
     ],
 )  # fmt: skip

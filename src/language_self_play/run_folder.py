@@ -114,7 +114,7 @@ class RunFolder:
     def refuse_if_used(self) -> None:
         """Raises RunFolderError if a run is already here, or no folder can be."""
         place = next(p for p in (self.folder, *self.folder.parents) if os.path.exists(p))
-        named = "" if place == self.folder else f" {place}"
+        named = "" if place == self.folder else f" {place.absolute()}"
         if not place.is_dir():
             raise RunFolderError(
                 f"{self.folder}:{named} is a file; a run needs a folder of its own"

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import re
+import signal
 import sys
 import textwrap
 import time
@@ -104,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(LINGER_S)  # a launcher kills the others when one ends: who tells ends first
         return error.exit_code
     except KeyboardInterrupt as interrupt:
+        if argv is None:  # the process is ours, and ends: one more Ctrl-C has nothing to add
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if _rank() == 0:
             print(f"\nlsp: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
         return INTERRUPTED

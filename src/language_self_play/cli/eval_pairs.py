@@ -31,7 +31,7 @@ from language_self_play.cli.evaluate import (
     write_report,
     writing,
 )
-from language_self_play.errors import ConfigError
+from language_self_play.errors import ConfigError, InputFileError
 from language_self_play.wording import counted
 
 if TYPE_CHECKING:
@@ -173,6 +173,7 @@ def compare(
         out = kept / _folder_name([judge.name], judge_settings)
     try:
         check_folder("--out", out)
+        _refuse_other_judge(out, judge.name)
         writing("--out", out, lambda: out.mkdir(parents=True, exist_ok=True))
         with as_typed("MODEL"):
             ours = _outputs(sides["MODEL"], model, instructions, options, kept, options.seed)
@@ -343,6 +344,25 @@ def _outputs(
         Output(i.instruction, text, name, i.dataset)
         for i, text in zip(instructions, texts, strict=True)
     ]
+
+
+def _refuse_other_judge(out: Path, judge: str) -> None:
+    """Raises ConfigError where the verdicts of another judge lie, which would be lost."""
+    from language_self_play.evaluate.outputs import read_annotations
+
+    file = out / "annotations.json"
+    if not os.path.isfile(file):
+        return
+    try:
+        verdicts, _ = read_annotations(file, "--out")
+    except InputFileError:
+        return  # it is of no use to anybody
+    others = sorted({v.annotator for v in verdicts if v.annotator} - {judge})
+    if others:
+        raise ConfigError(
+            f"--out {out}: holds the verdicts of {others[0]}, and {judge} would replace them; name another"
+            " folder, or none: then each judge has its own"
+        )
 
 
 def _answering(options: argparse.Namespace, seed: int) -> Answering:

@@ -477,7 +477,7 @@ def _local_judge(settings: dict[str, Any], device: str, setting: str) -> Scoring
             scores = [score_of[pair] for pair in asked]
         return list(zip(scores[::2], scores[1::2], strict=True))
 
-    return ScoringJudge(path, score, load)
+    return ScoringJudge(f"local:{path}", score, load)
 
 
 def named_as(setting: str) -> AbstractContextManager[None]:
@@ -487,4 +487,10 @@ def named_as(setting: str) -> AbstractContextManager[None]:
 
 def as_settings(said: str, setting: str) -> str:
     """A message whose settings are named as `setting`.FIELD."""
-    return SETTING.sub(lambda _: setting, said)
+    named = SETTING.sub(lambda _: setting, said)
+    # What another kind has, has the same name here.
+    return re.sub(
+        r"^(\S+): no such setting; did you mean \1( of kind \w+)?\?",
+        r"\1: is nothing that this kind of judge has",
+        named,
+    )
