@@ -204,10 +204,9 @@ def _ask(options: Any, overrides: dict[str, Any]) -> int:
             "questions": [list(question) for question in exam.questions],
             "prompts": prompts,
         }
+        # Answers that were kept before it could be chosen are known without it.
         if options.dtype == "auto":
-            del identity[
-                "dtype"
-            ]  # answers that were kept before it could be chosen are known without
+            del identity["dtype"]
         part = None if options.json is None else options.json.with_name(f"{options.json.name}.part")
         head = {"asked": _digest(identity), "engine": rollout.engine}
         total = len(exam.questions)
